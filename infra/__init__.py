@@ -1,0 +1,1 @@
+"""Machines and files: specs, sources, the run directory, Optuna, Ray, MLflow, devices."""

@@ -1,0 +1,117 @@
+"""Records: what a trial is asked and what it answers, as they stand in a run directory.
+
+    TrialResult.model_validate_json(Path("runs/quickstart/trials/00003.json").read_text())
+
+They are plain data, so that the driver, a Ray worker and a reader of the files share them
+without importing torch.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from infra.specs import CalibrationSpec, DataSpec, Frozen, ModelSpec, PruneSpec
+
+Split = Literal["selection", "report"]
+
+
+class MatrixRecord(Frozen):
+    """One prunable matrix; `matrix` ends in `[e]` for expert e of a fused parameter."""
+
+    block: int
+    matrix: str
+    params: int
+    rate: float = 0.0
+    zeros: int = 0
+
+
+class ModelRecord(Frozen):
+    """What a model is made of, found by watching one forward."""
+
+    source: str
+    architecture: str
+    dtype: str
+    sha256: str = Field(description="of the dense weights as they are mapped")
+    blocks: list[str]
+    matrices: list[MatrixRecord]
+    total_params: int
+    unseen: list[str] = Field(default=[], description="matrices of blocks in no known product")
+    context: int = Field(description="longest context the model states")
+    adds_bos: bool
+    licence: str = ""
+
+    def block_params(self) -> list[int]:
+        """Prunable parameters of each block, in order."""
+        sizes = [0] * len(self.blocks)
+        for matrix in self.matrices:
+            sizes[matrix.block] += matrix.params
+        return sizes
+
+
+class TrialSpec(Frozen):
+    """One sweep: prune the model and measure it. `prune.beta` is the candidate."""
+
+    number: int
+    stage: Literal["dense", "search", "final"]
+    rung: int = Field(0, description="fidelity; losses of different rungs are not comparable")
+    model: ModelSpec
+    data: DataSpec
+    calibration: CalibrationSpec
+    prune: PruneSpec
+    split: Split
+    windows: int
+    context: int = Field(description="tokens per window")
+    error_curves: bool = Field(False, description="a dense copy rides along")
+    checkpoint: bool = Field(False, description="save the pruned model and verify it")
+
+
+class BlockError(Frozen):
+    """Error of one block's output against dense, over all evaluated tokens."""
+
+    block: int
+    absolute: float = Field(description="mean of ||H - H~||^2 per token")
+    relative: float = Field(description="||H - H~|| / ||H||")
+    cosine: float
+
+
+class Cost(Frozen):
+    """What a trial took."""
+
+    load_s: float = 0.0
+    sweep_s: float = 0.0
+    total_s: float = 0.0
+    token_passes: int = Field(0, description="tokens times passes over all blocks")
+    peak_memory_bytes: int = 0
+
+
+class TrialResult(Frozen):
+    """The answer to a TrialSpec."""
+
+    spec: TrialSpec
+    state: Literal["complete", "failed"]
+    cause: str = Field("", description="why it failed, on one line")
+    tilt: float = Field(0.0, description="beta over the bound on its side")
+    losses: list[float] = Field(default=[], description="nats per token, one per window")
+    dense_losses: list[float] = Field(default=[], description="the same of the dense model")
+    tokens: list[int] = Field(default=[], description="scored tokens per window")
+    bytes: list[int] = Field(default=[], description="UTF-8 bytes of them")
+    block_rates: list[float] = []
+    matrices: list[MatrixRecord] = []
+    fallbacks: list[str] = Field(default=[], description="matrices that saw no calibration token")
+    errors: list[BlockError] = []
+    cost: Cost = Cost()
+    attempts: int = Field(1, description="dispatches, the lost ones included")
+    host: str = ""
+    device: str = ""
+    checkpoint: str = Field("", description="folder on `host` that holds the saved model")
+    checkpoint_sha256: dict[str, str] = Field(default={}, description="of each file saved")
+
+    @property
+    def beta(self) -> float:
+        """The common difference that was tried."""
+        return self.spec.prune.beta
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per token over all windows."""
+        return sum(x * n for x, n in zip(self.losses, self.tokens, strict=True)) / sum(self.tokens)

@@ -1,0 +1,1 @@
+"""The work on one model: allocation, pruning, the lockstep sweep, evaluation, checkpoints."""
