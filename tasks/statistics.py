@@ -1,0 +1,125 @@
+"""Means with standard errors: perplexity, bits per byte, paired differences.
+
+    perplexity([3.1, 2.9, 3.3], tokens=[511, 511, 511])   # Estimate(mean=22.2, stderr=2.6, n=3)
+
+Losses are nats per token, one per window of text. Where a function says *rows*, it takes one list
+of window losses, or several lists: one per calibration seed, over the same windows.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+Rows = Sequence[float] | Sequence[Sequence[float]]
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, its standard error, the number of windows behind it, and its unit."""
+
+    mean: float
+    stderr: float
+    n: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean paired difference in nats/token, and the 95 % interval it lies in."""
+
+    mean: float
+    stderr: float
+    n_windows: int
+    n_seeds: int
+    low: float
+    high: float
+    df: float
+
+
+def mean_loss(rows: Rows, tokens: Sequence[int]) -> Estimate:
+    """Token-weighted mean of window losses, in nats/token."""
+    table = _table(rows)
+    mean, stderr, _ = _two_way(table, np.asarray(tokens, dtype=float))
+    return Estimate(mean, stderr, table.shape[1], "nats/token")
+
+
+def perplexity(rows: Rows, tokens: Sequence[int]) -> Estimate:
+    """exp of the token-weighted mean loss; standard error by the delta method: exp(m) * se(m)."""
+    loss = mean_loss(rows, tokens)
+    mean = math.exp(loss.mean)
+    return Estimate(mean, mean * loss.stderr, loss.n, "perplexity/token")
+
+
+def bits_per_byte(rows: Rows, tokens: Sequence[int], num_bytes: Sequence[int]) -> Estimate:
+    """Bits to encode one UTF-8 byte of the text: comparable between tokenizers.
+
+    Total bits over total bytes is the mean of the windows' own ratios, weighted by their bytes.
+    """
+    table = _table(rows)
+    sizes = np.asarray(num_bytes, dtype=float)
+    bits = table * np.asarray(tokens, dtype=float) / math.log(2)
+    mean, stderr, _ = _two_way(bits / sizes, sizes)
+    return Estimate(mean, stderr, table.shape[1], "bits/byte")
+
+
+def paired_difference(a: Rows, b: Rows, tokens: Sequence[int] | None = None) -> Difference:
+    """Mean of a - b over the same windows and calibration seeds, with a 95 % t interval.
+
+    Windows and seeds are both samples of what the claim is about, so both count (crossed random
+    effects; Searle, Casella, McCulloch, *Variance Components*, 1992, chapter 4). With d the
+    differences, W windows and S seeds:
+
+        se^2 = var_windows(mean of d over seeds) / W + var_seeds(mean of d over windows) / S
+
+    The second term is absent for S = 1: the interval then speaks of that one calibration set only.
+    What varies with window and seed together is counted in both terms, so the interval errs on
+    the wide side. Degrees of freedom after Satterthwaite (Biometrics Bulletin 2, 1946):
+    se^4 / sum(term_k^2 / df_k). Windows are weighted by `tokens` where given.
+    """
+    first, second = _table(a), _table(b)
+    if first.shape != second.shape:
+        raise ValueError(f"not paired: {first.shape} and {second.shape} seeds and windows")
+    table = first - second
+    num_seeds, num_windows = table.shape
+    weights = np.ones(num_windows) if tokens is None else np.asarray(tokens, dtype=float)
+    mean, stderr, df = _two_way(table, weights)
+    margin = float(student.ppf(0.975, df)) * stderr
+    return Difference(mean, stderr, num_windows, num_seeds, mean - margin, mean + margin, df)
+
+
+def ruled_out(candidate: Sequence[float], best: Sequence[float], level: float = 0.05) -> bool:
+    """Whether a one-sided paired t test over the same windows says that `candidate` is worse."""
+    excess = paired_difference(candidate, best)
+    return excess.mean > float(student.ppf(1 - level, excess.df)) * excess.stderr
+
+
+def _table(rows: Rows) -> Array:
+    table = np.atleast_2d(np.asarray(rows, dtype=float))
+    if table.shape[1] < 2:
+        raise ValueError(f"a standard error needs at least 2 windows, not {table.shape[1]}")
+    return table
+
+
+def _two_way(table: Array, weights: Array) -> tuple[float, float, float]:
+    """Weighted mean of a (seeds, windows) table, its standard error and degrees of freedom.
+
+    The windows' weights are themselves random (a ratio of totals), hence the linearised variance
+    W / (W - 1) * sum(w_j^2 * residual_j^2), which is var / W for equal weights.
+    """
+    num_seeds, num_windows = table.shape
+    share = weights / weights.sum()
+    means = table @ share
+    mean = float(means.mean())
+    scaled = share * (table.mean(axis=0) - mean)
+    terms = [(float(scaled @ scaled) * num_windows / (num_windows - 1), num_windows - 1)]
+    if num_seeds > 1:
+        terms.append((float(means.var(ddof=1)) / num_seeds, num_seeds - 1))
+    variance = sum(term for term, _ in terms)
+    if variance == 0:
+        return mean, 0.0, float(num_windows - 1)
+    return mean, math.sqrt(variance), variance**2 / sum(term**2 / df for term, df in terms)
