@@ -40,9 +40,10 @@ lint: $(INSTALLED) ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Extras stay: pip before 23.3 does not match name[extra] to a pin of name.
 lock: $(INSTALLED) ## resolve pyproject.toml again; versions move only where they must
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
-		--generate-hashes --no-emit-index-url --no-emit-find-links \
+		--generate-hashes --no-strip-extras --no-emit-index-url --no-emit-find-links \
 		--custom-compile-command "make lock" --quiet --output-file requirements.lock
 
 clean: ## remove the environment and caches; runs stay
