@@ -1,0 +1,190 @@
+"""Documents: the text that calibrates, selects and reports, dealt out by a hash of each.
+
+    documents(DataSpec(source="corpus.jsonl"), "selection")
+
+A row of a table is a document; a text file holds articles, where it has headings in the style of
+WikiText (` = Title = `), or else paragraphs separated by blank lines. In a folder, the files of
+the first kind present count: parquet, jsonl, csv, json, txt and raw, md.
+"""
+
+import functools
+import glob
+import hashlib
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from infra.errors import UserError
+from infra.sources import cache_dir, fetch
+from infra.specs import DataSpec
+
+Split = Literal["calibration", "selection", "report"]
+
+# Of a source that serves several splits, each gets this share, relative to the others there.
+_WEIGHTS: dict[Split, int] = {"calibration": 2, "selection": 1, "report": 1}
+_TABLES = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv", ".json": "json"}
+_KINDS = [(".parquet",), (".jsonl",), (".csv",), (".json",), (".txt", ".raw"), (".md",)]
+_TITLE = re.compile(r" = [^=]+ = ?")
+
+
+def documents(data: DataSpec, split: Split) -> list[str]:
+    """The distinct, non-empty documents of a split, in the order of their source.
+
+    Raises UserError when there are none, and when selection and report share a document.
+    """
+    found = _dealt(data, split)
+    if not found:
+        raise UserError(
+            f"{data.source_of(split)} has no document for data.{split}: give more text, "
+            "or a source of its own"
+        )
+    if split != "calibration":
+        other: Split = "report" if split == "selection" else "selection"
+        if data.source_of(other) != data.source_of(split) and (
+            shared := set(found) & set(_dealt(data, other))
+        ):
+            raise UserError(
+                f"selecting on the report split: {len(shared)} documents are in both "
+                f"data.selection ({data.source_of('selection')}) and data.report "
+                f"({data.source_of('report')}), e.g. {min(shared)[:60]!r}"
+            )
+    return found
+
+
+def whole_text(source: str, column: str = "text") -> str:
+    """All text of a source as the published WikiText-2 protocol reads it: rows joined by "\\n\\n".
+
+    The rows of a WikiText file are its lines, as in the hub's tables of it; any other text file
+    is returned as it stands.
+    """
+    files = _files_of(source)
+    if files[0].suffix in _TABLES or files[0].is_dir():
+        return "\n\n".join(_rows(files, column, source))
+    text = "".join(_text(file) for file in files)
+    if not _titles(text.split("\n")):
+        return text
+    return "\n\n".join(line if line.strip() else "" for line in text.splitlines(keepends=True))
+
+
+def corpus_sha256(corpus: list[str]) -> str:
+    """A fingerprint of documents and their order."""
+    digest = hashlib.sha256()
+    for document in corpus:
+        digest.update(hashlib.sha256(document.encode()).digest())
+    return digest.hexdigest()
+
+
+def _dealt(data: DataSpec, split: Split) -> list[str]:
+    source = data.source_of(split)
+    files = _files_of(source)
+    stamps = tuple(file.stat().st_mtime_ns for file in files)
+    found = _read(files, stamps, data.column, source)
+    sharing = [each for each in _WEIGHTS if data.source_of(each) == source]
+    total = sum(_WEIGHTS[each] for each in sharing)
+    before = sum(_WEIGHTS[each] for each in sharing[: sharing.index(split)])
+    low, high = before / total, (before + _WEIGHTS[split]) / total
+    return [document for document in found if low <= _position(document) < high]
+
+
+def _position(document: str) -> float:
+    """Where a document falls in [0, 1): a hash of its text alone, so that others never move it."""
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:6]) / 2**48
+
+
+@functools.lru_cache(maxsize=4)  # every trial of a worker asks for the same few
+def _read(
+    files: tuple[Path, ...], stamps: tuple[int, ...], column: str, source: str
+) -> tuple[str, ...]:
+    if files[0].suffix in _TABLES or files[0].is_dir():
+        rows = _rows(files, column, source)
+        # Tables of WikiText hold a line per row: taken as documents they would put one article
+        # into two splits.
+        lines = [row.removesuffix("\n") for row in rows]
+        wiki = any(_TITLE.fullmatch(line) for line in lines[:100])
+        found = _articles("\n".join(lines)) if wiki else rows
+    else:
+        found = [document for file in files for document in _articles(_text(file))]
+    return tuple(dict.fromkeys(text for document in found if (text := document.strip())))
+
+
+def _articles(text: str) -> list[str]:
+    """A WikiText's articles, or else the paragraphs."""
+    lines = text.split("\n")
+    starts = _titles(lines)
+    if not starts:
+        return re.split(r"\n\s*\n", text)
+    bounds = [0, *starts, len(lines)]
+    return ["\n".join(lines[a:b]) for a, b in pairwise(bounds)]
+
+
+def _titles(lines: list[str]) -> list[int]:
+    # Definitions look like titles (` = Wins ; L = `), but no blank line precedes them; there are
+    # copies of WikiText without any blank line.
+    blank = any(not line.strip() for line in lines[:-1])
+    return [
+        number
+        for number, line in enumerate(lines)
+        if _TITLE.fullmatch(line)
+        and " ; " not in line
+        and (number == 0 or not blank or not lines[number - 1].strip())
+    ]
+
+
+def _files_of(source: str) -> tuple[Path, ...]:
+    """The files that a source consists of; a folder of `save_to_disk` stands for itself."""
+    path = fetch(source, "dataset")
+    if path.is_file():
+        if path.suffix not in {suffix for kind in _KINDS for suffix in kind}:
+            raise UserError(f"{source}: cannot read {path.suffix or 'this kind of'} files as text")
+        return (path,)
+    if (path / "state.json").exists():
+        return (path,)
+    if (path / "dataset_dict.json").exists():
+        inside = ", ".join(sorted(each.parent.name for each in path.glob("*/state.json")))
+        raise UserError(f"{source} holds several data sets: name one of its folders ({inside})")
+    visible = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
+    ]
+    for kind in _KINDS:
+        if files := tuple(file for file in visible if file.suffix in kind):
+            return files
+    known = ", ".join(suffix for kind in _KINDS for suffix in kind)
+    raise UserError(f"{source} holds no file of text ({known})")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: {error.reason} at {error.start}") from error
+
+
+def _rows(files: tuple[Path, ...], column: str, source: str) -> list[str]:
+    """One column of a table; rows without a value are left out."""
+    import datasets  # a second that only tables cost
+
+    datasets.disable_progress_bars()
+    try:
+        table: Any
+        if files[0].is_dir():
+            table = datasets.load_from_disk(str(files[0]))
+        else:
+            table = datasets.load_dataset(
+                _TABLES[files[0].suffix],
+                data_files=[glob.escape(str(file.absolute())) for file in files],
+                split="train",
+                cache_dir=str(cache_dir() / "datasets"),
+            )
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        cause = str(error.__cause__ or error).partition("\n")[0]
+        raise UserError(f"{source} cannot be read as a table: {cause}") from error
+    if column not in table.column_names:
+        names = ", ".join(table.column_names)
+        raise UserError(f"{source} has no column {column!r}, it has {names}: set data.column")
+    rows = [row for row in table[column] if row is not None]
+    if any(not isinstance(row, str) for row in rows):
+        raise UserError(f"column {column!r} of {source} does not hold text: set data.column")
+    return rows

