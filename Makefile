@@ -42,7 +42,7 @@ lint: $(INSTALLED) ## style and types
 
 # pip before 23.3 takes a pin of name[extra] for that alone, and a pin of name for that alone,
 # so what is wanted both ways is written both ways.
-lock: $(INSTALLED) ## resolve pyproject.toml again; versions move only where they must
+lock: $(BIN)/uv ## resolve pyproject.toml again; versions move only where they must
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 		--generate-hashes --no-strip-extras --no-emit-index-url --no-emit-find-links \
 		--custom-compile-command "make lock" --quiet --output-file requirements.lock
@@ -50,6 +50,9 @@ lock: $(INSTALLED) ## resolve pyproject.toml again; versions move only where the
 		extra { line = $$0; sub(/\[.*\]/, "", line); bare = bare line "\n" } \
 		{ print } END { printf "%s", bare }' requirements.lock > .venv/requirements.lock
 	mv .venv/requirements.lock requirements.lock
+
+$(BIN)/uv:
+	$(MAKE) $(INSTALLED)
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
