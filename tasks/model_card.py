@@ -1,0 +1,140 @@
+"""The README.md of a sparse checkpoint, with the front matter that the hub reads.
+
+Path("runs/quickstart/best/README.md").write_text(model_card(report))
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(@[\w./-]+)?(:[^:]+)?")
+
+
+def model_card(report: Mapping[str, Any]) -> str:
+    """What was made, from what, how well it does, and how to make it again.
+
+    `report` is what report.json holds; read are `spec`, `model`, `dense`, `uniform`, `best`,
+    `gain`, `protocol`, `command` and `version`.
+    """
+    spec, model, best = report["spec"], report["model"], report["best"]
+    source, prune = spec["model"]["source"], spec["prune"]
+    name = f"{_short(source)}, {100 * best['sparsity']:.4g} % sparse"
+    texts = {use: spec["data"][use] or spec["data"]["source"] for use in ("calibration", "report")}
+    paper = report["protocol"] == "paper"
+    warning = "; **paper protocol: beta was selected on this text**" if paper else ""
+    return f"""---
+{_front_matter(report, name, texts)}
+---
+
+# {name}
+
+{report["gain"]["conclusion"]}
+
+| model | perplexity | bits per byte | zeros |
+|---|---|---|---|
+{_rows(report)}
+
+± is one standard error; n = {best["metrics"]["perplexity"]["n"]} windows of
+{spec["evaluation"]["context"]} tokens of {_public(texts["report"])}, calibrated
+{report["gain"]["n_seeds"]} times{warning}. The weights here are those of calibration seed
+{report["gain"]["seeds"][0]}.
+
+## What was done
+
+- **Base model**: {_public(source)} ({model["architecture"]}, {model["dtype"]}; sha256 of the
+  weights `{model["sha256"]}`).
+- **Licence**: {model["licence"] or "not stated by the base model; its terms apply"}.
+- **Method**: {prune["method"]}, {spec["calibration"]["samples"]} x
+  {spec["calibration"]["length"]} calibration tokens of {_public(texts["calibration"])}.
+- **Sparsity**: {best["sparsity"]:.6f} of the weights in blocks are zero. Embeddings, norms and
+  heads are dense.
+- **Rates**: beta = {best["beta"]:.6g} (tilt {best["tilt"]:.3f}); block i has the rate
+  S + beta * (i - c), with S = {prune["sparsity"]:g} and c the centre of the parameters.
+  `sparsity.json` lists every matrix.
+
+**The weights are masked, not packed**: zeros are stored as ordinary numbers, so this checkpoint
+is neither smaller nor faster than the base model until an engine makes use of the zeros.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+## How to make it again
+
+With Sparseramp {report["version"]}, `sparseramp {report["command"]} spec.toml`, where spec.toml is
+
+```toml
+{settings(spec)}
+```
+"""
+
+
+def settings(spec: Mapping[str, Any]) -> str:
+    """The part of the spec that decides results, as TOML that can be read back."""
+    return "\n".join(
+        f"{section}.{key} = {json.dumps(value)}"
+        for section in ("model", "data", "prune", "calibration", "evaluation", "search")
+        for key, value in spec[section].items()
+    )
+
+
+def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]) -> str:
+    model = report["model"]
+    ids = [_hub_id(text) for text in texts.values()]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_hub_id(texts["report"]) or "text",
+            dataset_name=_short(texts["report"]),
+            metric_type=metric,
+            metric_value=report["best"]["metrics"][metric]["mean"],
+        )
+        for metric in ("perplexity", "bits_per_byte")
+    ]
+    return ModelCardData(
+        base_model=_hub_id(report["spec"]["model"]["source"]),
+        license=model["licence"].lower() or None,
+        datasets=sorted({i for i in ids if i}) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["sparse", "pruned", report["spec"]["prune"]["method"]],
+        model_name=name,
+        eval_results=results,
+    ).to_yaml()
+
+
+def _rows(report: Mapping[str, Any]) -> str:
+    rows = []
+    for side in ("dense", "uniform", "best"):
+        if report[side]:
+            metrics = report[side]["metrics"]
+            zeros = 100 * report[side].get("sparsity", 0)
+            perplexity, bits = metrics["perplexity"], metrics["bits_per_byte"]
+            rows.append(
+                f"| {side} | {perplexity['mean']:.4g} ± {perplexity['stderr']:.2g} "
+                f"| {bits['mean']:.4g} ± {bits['stderr']:.2g} | {zeros:.2f} % |"
+            )
+    return "\n".join(rows)
+
+
+def _hub_id(source: str) -> str | None:
+    match = _HUB.fullmatch(source)
+    return match[1] if match and not Path(source).exists() else None
+
+
+def _short(source: str) -> str:
+    name = _hub_id(source) or source.partition("#")[0]
+    return name.rstrip("/").rpartition("/")[2].removesuffix(".gguf").removesuffix(".safetensors")
+
+
+def _public(source: str) -> str:
+    """A source as others can read it: where a local file lies is nobody's business."""
+    if source.startswith("pypi:") or _hub_id(source):
+        return f"`{source.partition('#')[0]}`"
+    return f"`{Path(source).name}` (a local source)"

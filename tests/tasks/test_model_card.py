@@ -1,0 +1,82 @@
+"""The model card: front matter that the hub accepts, and the facts that a reader needs."""
+
+import tomllib
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from infra.specs import parse_spec
+from tasks.model_card import model_card
+
+
+def make_report(source: str = "org/base@main", licence: str = "Apache-2.0") -> dict[str, Any]:
+    raw = {"model": {"source": source}, "data": {"source": "/home/me/texts/wiki.txt"}}
+    raw["data"]["calibration"] = "allenai/c4:en/one.json.gz"
+
+    def metrics(mean: float) -> dict[str, Any]:
+        ppl = {"mean": mean, "stderr": 1.5, "n": 32, "unit": "perplexity/token"}
+        return {"perplexity": ppl, "bits_per_byte": {**ppl, "mean": 1.5, "unit": "bits/byte"}}
+
+    sparse = {"beta": 0.0083, "tilt": 0.3, "sparsity": 0.6}
+    return {
+        "spec": parse_spec(raw, "test.toml").model_dump(),
+        "model": {
+            "architecture": "LlamaForCausalLM",
+            "dtype": "bfloat16",
+            "sha256": "ab" * 32,
+            "licence": licence,
+        },
+        "dense": {"metrics": metrics(19.9)},
+        "uniform": {"metrics": metrics(84.0), **sparse, "beta": 0.0},
+        "best": {"metrics": metrics(69.2), **sparse},
+        "gain": {"conclusion": "At 60 % sparsity, it helps.", "n_seeds": 3, "seeds": [4, 5, 6]},
+        "protocol": "ladder",
+        "command": "search",
+        "version": "0.1.0",
+    }
+
+
+def test_the_hub_reads_the_front_matter() -> None:
+    card = ModelCard(model_card(make_report()))
+    assert card.data.get("base_model") == "org/base"
+    assert card.data.get("license") == "apache-2.0"
+    assert card.data.get("datasets") == ["allenai/c4"]
+    measured = {r.metric_type: r.metric_value for r in card.data.get("eval_results")}
+    assert measured == {"perplexity": 69.2, "bits_per_byte": 1.5}
+
+
+def test_facts_that_a_reader_needs() -> None:
+    text = model_card(make_report())
+    for fact in (
+        "At 60 % sparsity, it helps.",
+        "| best | 69.2 ± 1.5 | 1.5 ± 1.5 | 60.00 % |",
+        "| dense | 19.9 ± 1.5 | 1.5 ± 1.5 | 0.00 % |",
+        "beta = 0.0083 (tilt 0.300)",
+        "calibration seed\n4",
+        "sparseramp search spec.toml",
+        "neither smaller nor faster",
+    ):
+        assert fact in text
+    assert "/home/me" not in text.partition("## How to make it again")[0]
+
+
+def test_settings_can_be_read_back_as_a_spec() -> None:
+    report = make_report()
+    settings = model_card(report).partition("```toml\n")[2].partition("```")[0]
+    spec = parse_spec(tomllib.loads(settings), "card")
+    assert spec.model_dump() == report["spec"]
+
+
+@pytest.mark.parametrize("source", ["pypi:tiny==1/t/tiny.gguf", "/home/me/models/tiny"])
+def test_what_is_not_on_the_hub_is_not_claimed_to_be(source: str) -> None:
+    text = model_card(make_report(source, licence=""))
+    card = ModelCard(text)
+    assert card.data.get("base_model") is None and card.data.get("license") is None
+    assert "not stated by the base model" in text
+    assert "# tiny, 60 % sparse" in text
+
+
+def test_paper_protocol_is_said() -> None:
+    assert "paper protocol" not in model_card(make_report())
+    assert "selected on this text" in model_card({**make_report(), "protocol": "paper"})
