@@ -1,0 +1,136 @@
+"""The live view: JSON lines into a pipe, a board on a terminal, an honest time left."""
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from flows.live import Board, duration, live
+from infra.specs import Spec, parse_spec
+
+
+def make_spec(protocol: str = "ladder") -> Spec:
+    raw = {"model": {"source": "org/tiny"}, "data": {"source": "texts"}}
+    return parse_spec({**raw, "search": {"protocol": protocol}}, "test.toml")
+
+
+def trial(number: int, beta: float, loss: float | None, rung: int = 0) -> dict[str, Any]:
+    return {
+        "kind": "trial", "number": number, "stage": "search", "rung": rung, "beta": beta,
+        "tilt": beta * 36, "state": "failed" if loss is None else "complete",
+        "cause": "" if loss else "the loss is NaN", "loss": loss, "seconds": 11.0,
+        "token_passes": 100, "host": "a",
+    }  # fmt: skip
+
+
+def make_board(clock: list[float], protocol: str = "ladder") -> tuple[Board, io.StringIO]:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=110, no_color=True)
+    return Board(make_spec(protocol), 1000, console, lambda: clock[0]), screen
+
+
+def shown(board: Board, screen: io.StringIO) -> str:
+    screen.truncate(0)
+    board.console.print(board.render())
+    return screen.getvalue()
+
+
+def test_without_a_terminal_every_event_is_one_json_line() -> None:
+    file = io.StringIO()
+    events = [{"kind": "started", "done": 0}, trial(0, 0.0, 4.5), {"kind": "finished"}]
+    with live(make_spec(), 1000, console=Console(file=file)) as view:
+        for event in events:
+            view.event(event)
+    assert [json.loads(line) for line in file.getvalue().splitlines()] == events
+
+
+def test_json_is_given_on_a_terminal_when_asked_for() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=20)
+    with live(make_spec(), 1000, as_json=True, console=console) as view:
+        view.event({"kind": "wave", "betas": [0.1] * 20, "note": "[red]x"})
+    assert json.loads(file.getvalue())["note"] == "[red]x"
+
+
+def test_time_left_follows_token_passes_and_counts_down() -> None:
+    clock = [0.0]
+    board, screen = make_board(clock)
+    assert "time left not known yet" in shown(board, screen)
+    clock[0] = 20.0
+    board.event(trial(0, 0.0, 4.5))
+    board.event(trial(1, 0.01, 4.3))
+    assert board.time_left() == pytest.approx(80)
+    clock[0] = 30.0
+    assert board.time_left() == pytest.approx(70)
+    assert "30.0 s, about 1 min 10 s left" in shown(board, screen)
+    board.event({"kind": "climb", "rung": 1, "planned": 600})
+    assert board.time_left() == pytest.approx(30)
+
+
+def test_work_of_an_earlier_driver_counts_as_done_but_not_as_speed() -> None:
+    clock = [0.0]
+    board, screen = make_board(clock)
+    board.event({"kind": "started", "done": 700})
+    assert "resuming" in shown(board, screen) and "70%" in shown(board, screen)
+    clock[0] = 10.0
+    board.event(trial(9, 0.01, 4.3))
+    assert board.time_left() == pytest.approx(20)
+
+
+def test_best_is_that_of_the_highest_rung() -> None:
+    board, screen = make_board([0.0])
+    board.event(trial(0, 0.0, 4.50))
+    board.event(trial(1, 0.01, 4.30))
+    assert "beta 0.01 (tilt 0.36), loss 4.3000, uniform 4.5000; rung 0" in board.best()
+    board.event(trial(2, 0.0, 4.60, rung=1))
+    assert board.best().startswith("beta 0 (tilt 0.00), loss 4.6000; rung 1")
+    assert "paper protocol" not in shown(board, screen)
+
+
+def test_failures_are_shown_with_their_cause_and_never_best() -> None:
+    board, screen = make_board([0.0])
+    board.event(trial(0, 0.02, None))
+    assert "failed: the loss is NaN" in screen.getvalue()
+    assert board.best() == "none yet" and "1 trial, 1 failed" in shown(board, screen)
+
+
+def test_paper_protocol_is_said_beside_its_losses() -> None:
+    board, _ = make_board([0.0], "paper")
+    board.event(trial(0, 0.0, 4.50))
+    assert "report text: paper protocol" in board.best()
+
+
+def test_durations() -> None:
+    assert [duration(x) for x in (8.44, 59.96, 185, 7620)] == [
+        "8.4 s", "1 min 00 s", "3 min 05 s", "2 h 07 min",
+    ]  # fmt: skip
+
+
+def test_a_real_terminal_gets_the_board() -> None:
+    code = (
+        "from flows.live import live\nfrom tests.flows.test_live import make_spec, trial\n"
+        "with live(make_spec(), 1000) as view:\n"
+        "    view.event(trial(0, 0.0, 4.5))\n    view.event({'kind': 'finished'})\n"
+    )
+    master, slave = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=slave, env=env) as process:
+        os.close(slave)
+        text = b""
+        while True:
+            try:
+                chunk = os.read(master, 4096)
+            except OSError:  # Linux ends a pseudo-terminal so
+                break
+            if not chunk:
+                break
+            text += chunk
+    os.close(master)
+    assert process.returncode == 0
+    assert b"loss 4.5000" in text and b"finished" in text and b'"kind"' not in text
