@@ -1,0 +1,255 @@
+"""The report of a run: report.json for programs, report.html for people, from its files alone.
+
+    write_report(Path("runs/quickstart"))    # or: sparseramp report runs/quickstart
+
+`build_report` turns results into numbers and is pure; `render` turns those into one page that
+needs no network.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from flows.figures import COLOURS, estimate, figures
+from flows.live import duration
+from infra.errors import UserError
+from infra.records import ModelRecord, TrialResult
+from infra.specs import Spec
+from infra.store import RunStore, write_atomic
+from tasks.model_card import settings
+from tasks.statistics import bits_per_byte, mean_loss, paired_difference, perplexity
+
+Report = dict[str, Any]
+
+GO_ON = "give the command that started it once more to go on"
+
+
+def write_report(store_dir: Path) -> Report:
+    """Make report.json and report.html of a run from its other files, and return the former."""
+    store = RunStore.read(store_dir)
+    results, model = list(store.results().values()), store.model()
+    if model is None:
+        raise UserError(f"{store_dir} holds no model.json yet: {GO_ON}")
+    seconds = _working_time(store.events())
+    report = build_report(store.spec, model, results, seconds, store.provenance)
+    data = json.dumps(report, indent=1, allow_nan=False)
+    write_atomic(store.path("report.json"), data.encode())
+    write_atomic(store.path("report.html"), render(report).encode())
+    return report
+
+
+def _working_time(events: Sequence[dict[str, Any]]) -> float:
+    """Seconds during which a driver was at work: the pauses between start and resume left out."""
+    seconds, last = 0.0, None
+    for event in events:
+        now = datetime.fromisoformat(event["time"])
+        if last is not None and event["event"] != "resumed":
+            seconds += (now - last).total_seconds()
+        last = now
+    return seconds
+
+
+def build_report(
+    spec: Spec,
+    model: ModelRecord,
+    results: Sequence[TrialResult],
+    seconds: float,
+    provenance: dict[str, str] | None = None,
+) -> Report:
+    """Everything that report.json holds. Raises UserError where the final stage is missing."""
+    done = [result for result in results if result.state == "complete"]
+    uniform, best = _finals(done)
+    dense = next((result for result in (*uniform, *best) if result.dense_losses), None)
+    gain = paired_difference(_losses(uniform), _losses(best), uniform[0].tokens)
+    searched = any(result.spec.stage == "search" for result in results)
+    sides = {"uniform": _side(uniform), "best": _side(best)}
+    report: Report = {
+        "command": "search" if searched else "prune",
+        "protocol": spec.search.protocol,
+        "dense": {"metrics": _metrics([dense.dense_losses], dense)} if dense else None,
+        **sides,
+        "gain": {
+            "mean": gain.mean,
+            "stderr": gain.stderr,
+            "n": gain.n_windows,
+            "unit": "nats/token",
+            "low": gain.low,
+            "high": gain.high,
+            "level": 0.95,
+            "df": gain.df,
+            "n_seeds": gain.n_seeds,
+            "seeds": [result.spec.calibration.seed for result in best],
+            "perplexity": {
+                "uniform": sides["uniform"]["metrics"]["perplexity"]["mean"],
+                "best": sides["best"]["metrics"]["perplexity"]["mean"],
+                "ratio": math.exp(-gain.mean),
+                "ratio_low": math.exp(-gain.high),
+                "ratio_high": math.exp(-gain.low),
+            },
+            "verdict": "gain" if gain.low > 0 else "no gain",
+        },
+        "trials": _trials(results, done),
+        "errors": {
+            name: next(([e.model_dump() for e in r.errors] for r in side if r.errors), [])
+            for name, side in (("uniform", uniform), ("best", best))
+        },
+        "spec": spec.model_dump(),
+        "model": {
+            **model.model_dump(exclude={"matrices"}),
+            "prunable_params": sum(model.block_params()),
+        },
+        "cost": {
+            "seconds": seconds,
+            "trials": len(results),
+            "failed": len(results) - len(done),
+            "token_passes": sum(result.cost.token_passes for result in results),
+            "peak_memory_bytes": max(result.cost.peak_memory_bytes for result in results),
+            "device": ", ".join(sorted({result.device for result in done if result.device})),
+        },
+        "provenance": provenance or {},
+        "version": (provenance or {}).get("sparseramp", "checkout"),
+    }
+    report["gain"]["conclusion"] = _conclusion(report)
+    return report
+
+
+def _finals(done: Sequence[TrialResult]) -> tuple[list[TrialResult], list[TrialResult]]:
+    """The uniform and the best sweep of every calibration seed that has both."""
+    finals = [result for result in done if result.spec.stage == "final"]
+    uniform = {result.spec.calibration.seed: result for result in finals if result.beta == 0}
+    best = {result.spec.calibration.seed: result for result in finals if result.beta != 0}
+    best = best or uniform
+    seeds = sorted(uniform.keys() & best.keys())
+    if not seeds:
+        raise UserError(
+            f"the run has no final comparison yet ({len(done)} trials finished): {GO_ON}"
+        )
+    return [uniform[seed] for seed in seeds], [best[seed] for seed in seeds]
+
+
+def _losses(side: Sequence[TrialResult]) -> list[list[float]]:
+    return [result.losses for result in side]
+
+
+def _metrics(rows: list[list[float]], like: TrialResult) -> dict[str, Any]:
+    return {
+        "perplexity": asdict(perplexity(rows, like.tokens)),
+        "bits_per_byte": asdict(bits_per_byte(rows, like.tokens, like.bytes)),
+        "loss": asdict(mean_loss(rows, like.tokens)),
+    }
+
+
+def _side(side: Sequence[TrialResult]) -> dict[str, Any]:
+    """Metrics over all seeds; rates and zeros of the first, which is the one that is saved."""
+    first = side[0]
+    return {
+        "beta": first.beta,
+        "tilt": first.tilt,
+        "sparsity": sum(m.zeros for m in first.matrices) / sum(m.params for m in first.matrices),
+        "metrics": _metrics(_losses(side), first),
+        "block_rates": first.block_rates,
+        "rates": [
+            m.model_dump(include={"block", "matrix", "params", "rate"}) for m in first.matrices
+        ],
+        "fallbacks": first.fallbacks,
+    }
+
+
+def _trials(results: Sequence[TrialResult], done: Sequence[TrialResult]) -> list[dict[str, Any]]:
+    """One row per trial; `gain` is the paired difference from uniform under equal conditions."""
+    uniform = {_conditions(result): result for result in done if result.beta == 0}
+    rows = []
+    for result in sorted(results, key=lambda result: result.spec.number):
+        loss = gain = None
+        if result.state == "complete" and len(result.losses) > 1:
+            loss = mean_loss(result.losses, result.tokens)
+            same = uniform.get(_conditions(result))
+            if same and len(same.losses) == len(result.losses):
+                gain = paired_difference(same.losses, result.losses, result.tokens)
+        rows.append(
+            {
+                **result.spec.model_dump(include={"number", "stage", "rung", "split"}),
+                "seed": result.spec.calibration.seed,
+                "beta": result.beta,
+                "tilt": result.tilt,
+                "loss": loss and loss.mean,
+                "stderr": loss and loss.stderr,
+                "n": len(result.losses),
+                "gain": gain and {"mean": gain.mean, "stderr": gain.stderr},
+                **result.model_dump(include={"state", "cause", "attempts", "device"}),
+                "seconds": result.cost.total_s,
+            }
+        )
+    return rows
+
+
+def _conditions(result: TrialResult) -> tuple[str, int, int]:
+    return result.spec.stage, result.spec.rung, result.spec.calibration.seed
+
+
+def _conclusion(report: Report) -> str:
+    """What was found, in two or three sentences that hold for these numbers and no others."""
+    gain, best = report["gain"], report["best"]
+    before, after = (f"{gain['perplexity'][side]:.3g}" for side in ("uniform", "best"))
+    dense = f"dense {report['dense']['metrics']['perplexity']['mean']:.3g}"
+    at = f"{100 * report['spec']['prune']['sparsity']:g} % sparsity"
+    beta = f"beta = {best['beta']:.3g} (tilt {best['tilt']:.2f})"
+    over = f"{gain['n']} windows and {_count(gain['n_seeds'], 'calibration seed')}"
+    interval = f"95 % interval {gain['low']:.3f} to {gain['high']:.3f}, {over}"
+    if best["beta"] == 0:
+        why = "no candidate beat equal rates" if report["command"] == "search" else "beta is 0"
+        text = f"No gain at {at}: {why}; perplexity {after} ({dense})."
+    elif gain["low"] > 0:
+        text = (
+            f"At {at}, {beta} brings perplexity from {before} (uniform) to {after}; {dense}. "
+            f"The gain is {gain['mean']:.3f} nats/token ({interval})."
+        )
+    elif gain["high"] < 0:
+        text = (
+            f"No gain at {at}: {beta} is worse than uniform, perplexity {after} against {before} "
+            f"({dense}). It loses {-gain['mean']:.3f} nats/token (gain: {interval})."
+        )
+    else:
+        text = (
+            f"No gain at {at}: {beta} gives perplexity {after}, uniform {before} ({dense}), and "
+            f"the difference of {gain['mean']:.3f} nats/token may be chance ({interval})."
+        )
+    if gain["n_seeds"] == 1 and best["beta"] != 0:
+        text += " With one calibration seed, the interval says nothing about other seeds."
+    if report["protocol"] == "paper":
+        text += " Paper protocol: beta was selected on the text it is reported on."
+    return text
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def render(report: Report) -> str:
+    """One HTML page that stands alone: styles, data and the plotting library are in it."""
+    environment = Environment(
+        loader=PackageLoader("flows"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"estimate": estimate, "percent": _percent, "duration": duration}
+    return environment.get_template("report.html").render(
+        report=report,
+        figures=figures(report),
+        settings=settings(report["spec"]),
+        colours=COLOURS,
+        plotly=get_plotlyjs(),
+    )
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
