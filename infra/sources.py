@@ -171,12 +171,12 @@ def _locate(requirement: str) -> tuple[str, str]:
             f"pypi:{requirement} needs pip, which is not in this environment: "
             "add it (uv pip install pip)"
         )
-    command = [sys.executable, "-m", "pip", "install", f"{requirement}", "--quiet", "--dry-run"]
+    command = [sys.executable, "-m", "pip", "install", requirement, "--quiet", "--dry-run"]
     command += ["--report=-", "--no-deps", "--ignore-installed", "--ignore-requires-python"]
     command += ["--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
-        if "Retrying (" in answer.stderr or "ConnectionError" in answer.stderr:
+        if "Retrying (" in answer.stderr and "from versions: none" in answer.stderr:
             raise UserError(
                 f"cannot reach a package index for {requirement}: see `pip config list`"
             )
