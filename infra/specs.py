@@ -54,8 +54,9 @@ class DataSpec(Frozen):
     @model_validator(mode="after")
     def _complete(self) -> "DataSpec":
         if not self.source and not (self.calibration and self.selection and self.report):
-            raise ValueError("data.source is missing: set it, or all of calibration, selection "
-                             "and report")
+            raise ValueError(
+                "data.source is missing: set it, or all of calibration, selection and report"
+            )
         return self
 
 
@@ -94,7 +95,7 @@ class SearchSpec(Frozen):
     protocol: Literal["ladder", "paper"] = Field(
         "ladder", description="paper: the published grid, selected on the report split"
     )
-    sampler: Literal["gp", "tpe", "random", "grid"] = "gp"
+    sampler: Literal["bracket", "gp", "tpe", "random", "grid"] = "bracket"
     scouts: int = Field(8, ge=1, description="candidates at the lowest fidelity")
     wave: int = Field(4, ge=1, description="candidates proposed at once")
     climbers: int = Field(3, ge=1, description="at most this many climb to the next rung")

@@ -1,0 +1,288 @@
+"""Optuna: which beta to try next, and a view of a search for Optuna's own tools.
+
+    propose(sampler="bracket", seed=0, wave=2, count=4, low=-0.0276, high=0.0276, history=history)
+
+Proposals depend on the arguments alone, so that a resumed search proposes what the undisturbed one
+would have. This is the only module that imports optuna, and only when it is used.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infra.errors import UserError, nearest
+from infra.records import TrialResult
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.samplers import BaseSampler
+
+# The first candidates, as tilts (beta over the bound on its side): uniform, two on the side where
+# the best nearly always is, one on the other. tests/bench/samplers.py compares spreads.
+FIRST_TILTS = (0.0, 0.25, 0.55, -0.25)
+PAPER_STEP = 0.002
+RETRY_S = 60.0
+
+
+def propose(
+    *,
+    sampler: str,
+    seed: int,
+    wave: int,
+    count: int,
+    low: float,
+    high: float,
+    history: Sequence[tuple[float, float | None]],
+) -> list[float]:
+    """Betas to try next, `count` of them (fewer once a grid is used up).
+
+    `history` holds beta and loss (None: failed) of every earlier candidate, in number order; `low`
+    and `high` bound beta and are never proposed. `seed` and `wave` seed the random samplers.
+    """
+    if sampler != "grid" and sampler not in SAMPLERS:
+        raise UserError(f"search.sampler={sampler!r} is unknown: {nearest(sampler, SAMPLERS)}")
+    tried = [beta for beta, _ in history]
+    if sampler == "grid":
+        return [beta for beta in paper_grid(high) if beta not in tried][:count]
+    first = [tilt * high if tilt >= 0 else -tilt * low for tilt in FIRST_TILTS[len(history) :]]
+    betas = first[:count]
+    if len(betas) == count:
+        return betas
+
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    low, high = (bound * (1 - 1e-6) for bound in (low, high))  # gp likes to propose a bound itself
+    space: dict[str, optuna.distributions.BaseDistribution] = {
+        "beta": optuna.distributions.FloatDistribution(low, high)
+    }
+    study = optuna.create_study(sampler=SAMPLERS[sampler]((seed * 1_000_003 + wave) % 2**32))
+    for beta, loss in history:
+        study.add_trial(_frozen(beta, loss, low, high, {}))
+    for beta in betas:  # running trials, which the sampler keeps away from
+        study.enqueue_trial({"beta": beta})
+        study.ask(space)
+    while len(betas) < count:
+        betas.append(float(study.ask(space).params["beta"]))
+    return betas
+
+
+def paper_grid(high: float) -> list[float]:
+    """The published candidates: uniform and every multiple of 0.002 below the bound."""
+    betas = [0.0]
+    while (beta := round(len(betas) * PAPER_STEP, 6)) < high:
+        betas.append(beta)
+    return betas
+
+
+def _bracket(seed: int) -> BaseSampler:
+    """A sampler for one parameter and a loss with one minimum; it needs no seed.
+
+    The minimum lies between the neighbours of the best candidate so far. Of the gaps between
+    candidates there, halve the one that is wide and near the vertex of the parabola through the
+    best and its neighbours. Running and failed candidates divide gaps too, so that the candidates
+    of a wave differ and nothing is tried twice.
+    """
+    import optuna
+    from optuna.trial import TrialState
+
+    class Bracket(optuna.samplers.BaseSampler):
+        def infer_relative_search_space(
+            self, study: optuna.Study, trial: optuna.trial.FrozenTrial
+        ) -> dict[str, optuna.distributions.BaseDistribution]:
+            return {}
+
+        def sample_relative(
+            self,
+            study: optuna.Study,
+            trial: optuna.trial.FrozenTrial,
+            search_space: dict[str, optuna.distributions.BaseDistribution],
+        ) -> dict[str, float]:
+            return {}
+
+        def sample_independent(
+            self,
+            study: optuna.Study,
+            trial: optuna.trial.FrozenTrial,
+            param_name: str,
+            param_distribution: optuna.distributions.BaseDistribution,
+        ) -> float:
+            assert isinstance(param_distribution, optuna.distributions.FloatDistribution)
+            low, high = param_distribution.low, param_distribution.high
+            others = [t for t in study.get_trials(deepcopy=False) if param_name in t.params]
+            complete = [t for t in others if t.state == TrialState.COMPLETE]
+            points = sorted((t.params[param_name], t.values[0]) for t in complete)
+            left, right, centre = low, high, high / 3
+            if points:
+                i = min(range(len(points)), key=lambda k: points[k][1])
+                centre = points[i][0]
+                left = points[i - 1][0] if i > 0 else low
+                right = points[i + 1][0] if i + 1 < len(points) else high
+                if 0 < i < len(points) - 1:
+                    centre = _vertex(*points[i - 1], *points[i], *points[i + 1])
+            inside = {t.params[param_name] for t in others if left < t.params[param_name] < right}
+            edges = sorted({left, right} | inside)
+            nearness = 0.1 * (right - left)
+            a, b = max(
+                itertools.pairwise(edges),
+                key=lambda gap: (gap[1] - gap[0]) / (abs(sum(gap) / 2 - centre) + nearness),
+            )
+            return float(a + b) / 2
+
+    return Bracket()
+
+
+def _vertex(x0: float, y0: float, x1: float, y1: float, x2: float, y2: float) -> float:
+    """Where the parabola through three points, the middle one lowest, has its minimum."""
+    a, b = (x1 - x0) * (y1 - y2), (x1 - x2) * (y1 - y0)
+    if a == b:
+        return x1
+    return x1 - 0.5 * ((x1 - x0) * a - (x1 - x2) * b) / (a - b)
+
+
+def _tpe(seed: int) -> BaseSampler:
+    import optuna
+
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=4, constant_liar=True)
+
+
+def _gp(seed: int) -> BaseSampler:
+    """Imports torch, which adds 1.5 s and 530 MB to the driver."""
+    import optuna
+
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=3)
+
+
+def _random(seed: int) -> BaseSampler:
+    import optuna
+
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+    "bracket": _bracket,
+    "tpe": _tpe,
+    "gp": _gp,
+    "random": _random,
+}
+
+
+def _frozen(
+    beta: float, loss: float | None, low: float, high: float, attrs: dict[str, float]
+) -> optuna.trial.FrozenTrial:
+    import optuna
+
+    return optuna.trial.create_trial(
+        state=optuna.trial.TrialState.FAIL if loss is None else optuna.trial.TrialState.COMPLETE,
+        value=loss,
+        params={"beta": beta},
+        distributions={
+            "beta": optuna.distributions.FloatDistribution(min(low, beta), max(high, beta))
+        },
+        user_attrs=attrs,
+    )
+
+
+class StudyMirror:
+    """Finished search trials as Optuna studies, one per rung: `<run name>/rung<k>`.
+
+    Files are the truth. A trial goes in by one transaction and carries its `number`, so that none
+    is told twice or stays RUNNING for ever. A thread of its own does the work, because a storage
+    that is locked or gone would hold up the search; `problem` then says why, what was not told is
+    tried again once a minute and at `close`, and `rebuild` at the next start tells the rest.
+    """
+
+    def __init__(self, run_dir: Path, run_id: str, storage: str, low: float, high: float) -> None:
+        self.url = storage or f"sqlite:///{run_dir.resolve() / 'optuna.db'}"
+        self.problem = ""
+        self._name = run_dir.resolve().name
+        self._run_id = run_id
+        self._bounds = (low, high)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="optuna")
+        # what follows belongs to the thread
+        self._waiting: list[TrialResult] = []
+        self._studies: dict[int, tuple[optuna.Study, set[int]]] = {}
+        self._retry_at = 0.0
+        if storage:
+            _check_url(storage)
+
+    def record(self, result: TrialResult) -> None:
+        """Tell one trial, unless it is known or not of the search."""
+        self.rebuild([result])
+
+    def rebuild(self, results: Iterable[TrialResult]) -> None:
+        """Tell whatever search trials the storage lacks, in the given order."""
+        self._thread.submit(self._tell, [r for r in results if r.spec.stage == "search"])
+
+    def close(self) -> int:
+        """Try once more; how many trials remain untold."""
+        left = self._thread.submit(self._tell, [], last=True).result()
+        self._thread.shutdown()
+        return left
+
+    def _tell(self, results: list[TrialResult], last: bool = False) -> int:
+        import sqlalchemy.exc
+        from optuna.exceptions import OptunaError
+
+        self._waiting += results
+        if time.monotonic() < self._retry_at and not last:
+            return len(self._waiting)
+        try:
+            while self._waiting:
+                self._add(self._waiting[0])
+                self._waiting.pop(0)
+            self.problem = ""
+        except (sqlalchemy.exc.SQLAlchemyError, OptunaError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            self.problem = f"Optuna storage {self.url} cannot be written: {reason}"
+            self._retry_at = time.monotonic() + RETRY_S
+            self._studies.clear()  # what is known there is read anew
+        return len(self._waiting)
+
+    def _add(self, result: TrialResult) -> None:
+        if result.spec.rung not in self._studies:
+            self._studies[result.spec.rung] = self._open(result.spec.rung)
+        study, known = self._studies[result.spec.rung]
+        if result.spec.number in known:
+            return
+        attrs = {"number": result.spec.number, "tilt": result.tilt}
+        loss = result.loss if result.state == "complete" else None
+        if loss is not None:
+            attrs["perplexity"] = math.exp(loss)
+        study.add_trial(_frozen(result.beta, loss, *self._bounds, attrs))
+        known.add(result.spec.number)
+
+    def _open(self, rung: int) -> tuple[optuna.Study, set[int]]:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        patience = "timeout" if self.url.startswith("sqlite") else "connect_timeout"
+        storage = optuna.storages.RDBStorage(
+            self.url, engine_kwargs={"connect_args": {patience: 2}}
+        )
+        for name in (self._name, f"{self._name}-{self._run_id[:8]}"):
+            # A shared storage may hold another run of the same name.
+            study = optuna.create_study(
+                storage=storage, study_name=f"{name}/rung{rung}", load_if_exists=True
+            )
+            if study.user_attrs.get("run", self._run_id) == self._run_id:
+                break
+        if "run" not in study.user_attrs:
+            study.set_user_attr("run", self._run_id)
+        return study, {t.user_attrs["number"] for t in study.get_trials(deepcopy=False)}
+
+
+def _check_url(url: str) -> None:
+    """Refuse what is no database URL, or one whose driver is not installed."""
+    import sqlalchemy
+
+    try:
+        sqlalchemy.make_url(url).get_dialect().import_dbapi()
+    except (ImportError, sqlalchemy.exc.ArgumentError) as error:
+        raise UserError(f"search.storage={url!r} cannot be used: {error}") from error

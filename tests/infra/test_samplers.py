@@ -1,0 +1,208 @@
+"""Proposals as a pure function of their arguments, and the Optuna view of finished trials."""
+
+import math
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+
+from infra.errors import UserError
+from infra.records import TrialResult
+from infra.samplers import FIRST_TILTS, SAMPLERS, StudyMirror, paper_grid, propose
+
+BOUND = 0.0276
+FIRST = [tilt * BOUND for tilt in FIRST_TILTS]
+LIGHT = sorted(set(SAMPLERS) - {"gp"})  # gp imports torch
+
+
+def loss(beta: float, best: float) -> float:
+    """Flat at the best, steep far away, as measured losses are."""
+    tilt = (beta - best) / BOUND
+    return 4.2 + 2.5 * tilt**2 + 2 * max(tilt, 0) ** 4
+
+
+def search(sampler: str, best: float, waves: int, failing: int = -1) -> list[float]:
+    history: list[tuple[float, float | None]] = []
+    for wave in range(waves):
+        betas = propose(
+            sampler=sampler, seed=1, wave=wave, count=4, low=-BOUND, high=BOUND, history=history
+        )
+        history += [
+            (beta, None if len(history) + i == failing else loss(beta, best))
+            for i, beta in enumerate(betas)
+        ]
+    return [beta for beta, _ in history]
+
+
+@pytest.mark.parametrize("sampler", [*LIGHT, pytest.param("gp", marks=pytest.mark.slow)])
+def test_contract_of_every_sampler(sampler: str) -> None:
+    betas = search(sampler, best=0.01, waves=3, failing=6)
+    assert betas[:4] == FIRST and betas[0] == 0.0
+    assert len(set(betas)) == 12  # the candidates of one wave differ as well
+    assert all(-BOUND < beta < BOUND for beta in betas)
+    optuna.samplers.RandomSampler().reseed_rng()  # no state outside the arguments
+    assert search(sampler, best=0.01, waves=3, failing=6) == betas
+    given = [(beta, loss(beta, 0.01)) for beta in betas]
+    other = {
+        seed: propose(
+            sampler=sampler, seed=seed, wave=3, count=2, low=-BOUND, high=BOUND, history=given
+        )
+        for seed in (1, 2)
+    }
+    assert (other[1] == other[2]) == (sampler == "bracket")
+
+
+@pytest.mark.parametrize("tilt", [-0.7, -0.1, 0.0, 0.29, 0.58, 0.95])
+def test_bracket_closes_in_wherever_the_minimum_is(tilt: float) -> None:
+    best = tilt * BOUND
+    betas = search("bracket", best, waves=3)
+    assert min(abs(beta - best) for beta in betas) < 0.07 * BOUND
+
+
+def test_bracket_goes_on_around_failures_and_never_repeats_them() -> None:
+    betas = search("bracket", best=0.012, waves=4, failing=5)
+    assert betas.count(betas[5]) == 1
+    assert min(abs(beta - 0.012) for beta in betas) < 0.04 * BOUND
+    dead = [(beta, None) for beta in FIRST]
+    asked = propose(
+        sampler="bracket", seed=0, wave=1, count=4, low=-BOUND, high=BOUND, history=dead
+    )
+    assert len({*asked, *FIRST}) == 8
+
+
+def test_first_wave_of_any_size_begins_with_uniform_and_keeps_to_the_bounds() -> None:
+    for count in (1, 3, 9):
+        betas = propose(
+            sampler="bracket", seed=0, wave=0, count=count, low=-0.001, high=0.03, history=[]
+        )
+        assert len(set(betas)) == count and betas[0] == 0.0
+        assert all(-0.001 < beta < 0.03 for beta in betas)
+    history = [(0.0, 4.5)]
+    second = propose(
+        sampler="tpe", seed=0, wave=1, count=3, low=-BOUND, high=BOUND, history=history
+    )
+    assert second == FIRST[1:]
+
+
+def test_paper_grid_is_the_published_one_below_the_bound() -> None:
+    assert paper_grid(0.0051) == [0.0, 0.002, 0.004]
+    assert paper_grid(0.004) == [0.0, 0.002]  # the bound would delete a block
+    asked = propose(
+        sampler="grid", seed=0, wave=1, count=9, low=-0.01, high=0.0101, history=[(0.0, 1.0)]
+    )
+    assert asked == [0.002, 0.004, 0.006, 0.008, 0.01]
+
+
+def test_unknown_sampler_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'bracket'"):
+        propose(sampler="braket", seed=0, wave=0, count=1, low=-1, high=1, history=[])
+
+
+def test_default_sampler_leaves_torch_alone() -> None:
+    code = (
+        "import sys; from infra.samplers import propose\n"
+        "assert 'optuna' not in sys.modules\n"
+        "h = [(0.0, 1.0), (0.25, .5), (0.5, .7), (-.2, 2.0)]\n"
+        "propose(sampler='bracket', seed=0, wave=1, count=4, low=-1, high=1, history=h)\n"
+        "assert 'optuna' in sys.modules and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+Make = Callable[..., TrialResult]
+
+
+def mirrored(
+    folder: Path, results: list[TrialResult], *, url: str = "", run: str = "a" * 32
+) -> int:
+    """Start, rebuild from files and stop; how many trials remain untold."""
+    folder.mkdir(exist_ok=True, parents=True)
+    mirror = StudyMirror(folder, run, url, -BOUND, BOUND)
+    mirror.rebuild(results)
+    return mirror.close()
+
+
+def trials(database: Path, name: str) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{database}").trials
+
+
+def test_mirror_tells_each_trial_once_and_rungs_apart(make_result: Make, tmp_path: Path) -> None:
+    results = [
+        make_result(0),
+        make_result(1, 0.01, loss=4.0),
+        make_result(2, 0.02, state="failed"),
+        make_result(3, 0.01, loss=3.9, rung=1),
+    ]
+    mirror = StudyMirror(tmp_path, "a" * 32, "", -BOUND, BOUND)
+    for result in [*results, *results]:
+        mirror.record(result)
+    assert mirror.close() == 0 and mirror.problem == ""
+    assert mirrored(tmp_path, results) == 0  # the driver was killed and starts again
+    low = trials(tmp_path / "optuna.db", f"{tmp_path.name}/rung0")
+    high = trials(tmp_path / "optuna.db", f"{tmp_path.name}/rung1")
+    assert [(t.state.name, t.params["beta"]) for t in low] == [
+        ("COMPLETE", 0.0), ("COMPLETE", 0.01), ("FAIL", 0.02)
+    ]  # fmt: skip
+    assert low[1].user_attrs == {
+        "number": 1, "tilt": pytest.approx(0.01 / BOUND), "perplexity": pytest.approx(math.exp(4)),
+    }  # fmt: skip
+    assert [(t.value, t.user_attrs["number"]) for t in high] == [(pytest.approx(3.9), 3)]
+
+
+def test_mirror_is_rebuilt_after_its_file_was_deleted(make_result: Make, tmp_path: Path) -> None:
+    results = [make_result(n, 0.001 * n) for n in range(3)]
+    assert mirrored(tmp_path, results[:2]) == 0
+    (tmp_path / "optuna.db").unlink()
+    assert mirrored(tmp_path, results) == 0
+    told = trials(tmp_path / "optuna.db", f"{tmp_path.name}/rung0")
+    assert [t.user_attrs["number"] for t in told] == [0, 1, 2]
+
+
+def test_locked_storage_does_not_hold_up_the_search(
+    make_result: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # optuna sleeps between its five tries, as long as chance will have it
+    monkeypatch.setattr("optuna.storages._rdb.storage.random.random", lambda: 0.0)
+    assert mirrored(tmp_path, [make_result(0)]) == 0
+    other = sqlite3.connect(tmp_path / "optuna.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    mirror = StudyMirror(tmp_path, "a" * 32, "", -BOUND, BOUND)
+    start = time.monotonic()
+    for number in (1, 2):
+        mirror.record(make_result(number, 0.001 * number))
+    assert time.monotonic() - start < 0.05
+    while not mirror.problem:
+        assert time.monotonic() - start < 30
+        time.sleep(0.02)
+    assert "locked" in mirror.problem and "\n" not in mirror.problem
+    other.execute("ROLLBACK")
+    assert mirror.close() == 0 and mirror.problem == ""
+    told = trials(tmp_path / "optuna.db", f"{tmp_path.name}/rung0")
+    assert [t.user_attrs["number"] for t in told] == [0, 1, 2]
+
+
+def test_storage_that_is_gone_leaves_the_trials_for_later(
+    make_result: Make, tmp_path: Path
+) -> None:
+    assert mirrored(tmp_path, [make_result(0)], url="sqlite:////proc/none/optuna.db") == 1
+
+
+def test_runs_of_one_name_share_a_storage_without_mixing(make_result: Make, tmp_path: Path) -> None:
+    database = tmp_path / "shared.db"
+    url = f"sqlite:///{database}"
+    for folder, run in (("x", "a" * 32), ("y", "b" * 32)):
+        assert mirrored(tmp_path / folder / "tiny", [make_result(0)], url=url, run=run) == 0
+    assert len(trials(database, "tiny/rung0")) == 1
+    assert len(trials(database, "tiny-bbbbbbbb/rung0")) == 1
+
+
+@pytest.mark.parametrize("url", ["no url", "oracle9://host/db", "mysql+mysqldb://host/db"])
+def test_storage_that_cannot_be_used_is_refused_at_once(url: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"search\.storage=") as error:
+        StudyMirror(tmp_path, "a" * 32, url, -BOUND, BOUND)
+    assert "\n" not in str(error.value)
