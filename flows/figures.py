@@ -3,8 +3,9 @@
 figures(report)["loss"]["data"]
 """
 
-import math
 from typing import Any
+
+from tasks.statistics import plus_minus
 
 Figure = dict[str, Any]
 
@@ -25,29 +26,33 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
         for side, curve in ((side, report["errors"][side]) for side in sides)
         if curve
     ]
+    shares = {"title": {"text": "share of zeros"}, "tickformat": ".0%", "range": _room(rates)}
+    ratio = {"title": {"text": "‖H − H̃‖ / ‖H‖"}, "type": "log", "tickformat": ".2~g"}
     return {
-        "loss": {
-            "data": _loss_traces(report),
-            "layout": {
-                "xaxis": {"title": {"text": "beta, the step of the rate from block to block"}},
-                "yaxis": {"title": {"text": "loss, nats/token"}},
-            },
-        },
-        "rates": {
-            "data": rates,
-            "layout": {
-                "xaxis": {"title": {"text": "block"}},
-                "yaxis": {"title": {"text": "share of zeros"}, "tickformat": ".0%"},
-            },
-        },
-        "errors": {
-            "data": errors,
-            "layout": {
-                "xaxis": {"title": {"text": "block"}},
-                "yaxis": {"title": {"text": "‖H − H̃‖ / ‖H‖"}, "type": "log", "tickformat": ".2~g"},
-            },
-        },
+        "loss": _figure(
+            _loss_traces(report),
+            "beta, the step of the rate from block to block",
+            {"title": {"text": "loss, nats/token"}},
+        ),
+        "rates": _figure(rates, "block", shares),
+        "errors": _figure(errors, "block", ratio | _ticks(errors)),
     }
+
+
+def _figure(data: list[Figure], xtitle: str, yaxis: Figure) -> Figure:
+    return {"data": data, "layout": {"xaxis": {"title": {"text": xtitle}}, "yaxis": yaxis}}
+
+
+def _room(traces: list[Figure]) -> list[float]:
+    """Bounds of an axis of shares: five points around the data, nothing outside of 0 to 1."""
+    values = [value for trace in traces for value in trace["y"]]
+    return [max(min(values) - 0.05, 0), min(max(values) + 0.05, 1)]
+
+
+def _ticks(traces: list[Figure]) -> dict[str, str]:
+    """1, 2, 5 on a logarithmic axis of few decades, where plotly would name all nine."""
+    values = [value for trace in traces for value in trace["y"] if value > 0]
+    return {"dtick": "D2"} if values and max(values) < 300 * min(values) else {}
 
 
 def _line(side: str, blocks: list[str], values: list[float], hover: str) -> Figure:
@@ -113,15 +118,7 @@ def _loss_traces(report: dict[str, Any]) -> list[Figure]:
 
 def _hover(row: dict[str, Any]) -> str:
     text = f"trial {row['number']}: beta {row['beta']:.4g}, tilt {row['tilt']:.2f}<br>"
-    text += f"loss {estimate({'mean': row['loss'], 'stderr': row['stderr']})}"
+    text += f"loss {plus_minus(row['loss'], row['stderr'])}"
     if row["gain"] and row["beta"] != 0:
-        text += f"<br>below uniform by {estimate(row['gain'])}"
+        text += f"<br>below uniform by {plus_minus(**row['gain'])}"
     return text
-
-
-def estimate(value: dict[str, Any]) -> str:
-    """84.0 ± 5.1: the standard error to two digits, the mean to as many decimals."""
-    mean, stderr = value["mean"], value["stderr"]
-    digits = 1 - math.floor(math.log10(stderr)) if stderr > 0 else 4
-    digits = min(max(digits, 0), 6)
-    return f"{mean:.{digits}f} ± {stderr:.{digits}f}"

@@ -169,7 +169,8 @@ class Board:
         times = duration(self.clock() - self.start)
         if self.stage not in ("finished", "stopped"):
             times += ", time left not known yet" if left is None else f", about {_rough(left)} left"
-        grid.add_row("model", f"{self.spec.model.source}, {self.spec.prune.sparsity:.0%} sparsity")
+        sparsity = f"{100 * self.spec.prune.sparsity:g} % sparsity"
+        grid.add_row("model", Text(f"{self.spec.model.source}, {sparsity}"))
         grid.add_row("stage", Text(self.stage, style="bold"))
         grid.add_row("progress", bar)
         grid.add_row("best", self.best())

@@ -17,14 +17,21 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from flows.figures import COLOURS, estimate, figures
+from flows.figures import COLOURS, figures
 from flows.live import duration
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult
 from infra.specs import Spec
 from infra.store import RunStore, write_atomic
 from tasks.model_card import settings
-from tasks.statistics import bits_per_byte, mean_loss, paired_difference, perplexity
+from tasks.statistics import (
+    bits_per_byte,
+    mean_loss,
+    paired_difference,
+    perplexity,
+    plus_minus,
+    three_digits,
+)
 
 Report = dict[str, Any]
 
@@ -168,7 +175,7 @@ def _trials(results: Sequence[TrialResult], done: Sequence[TrialResult]) -> list
     rows = []
     for result in sorted(results, key=lambda result: result.spec.number):
         loss = gain = None
-        if result.state == "complete" and len(result.losses) > 1:
+        if len(result.losses) > 1:
             loss = mean_loss(result.losses, result.tokens)
             same = uniform.get(_conditions(result))
             if same and len(same.losses) == len(result.losses):
@@ -179,7 +186,7 @@ def _trials(results: Sequence[TrialResult], done: Sequence[TrialResult]) -> list
                 "seed": result.spec.calibration.seed,
                 "beta": result.beta,
                 "tilt": result.tilt,
-                "loss": loss and loss.mean,
+                "loss": result.loss if result.losses else None,
                 "stderr": loss and loss.stderr,
                 "n": len(result.losses),
                 "gain": gain and {"mean": gain.mean, "stderr": gain.stderr},
@@ -197,8 +204,8 @@ def _conditions(result: TrialResult) -> tuple[str, int, int]:
 def _conclusion(report: Report) -> str:
     """What was found, in two or three sentences that hold for these numbers and no others."""
     gain, best = report["gain"], report["best"]
-    before, after = (f"{gain['perplexity'][side]:.3g}" for side in ("uniform", "best"))
-    dense = f"dense {report['dense']['metrics']['perplexity']['mean']:.3g}"
+    before, after = (three_digits(gain["perplexity"][side]) for side in ("uniform", "best"))
+    dense = f"dense {three_digits(report['dense']['metrics']['perplexity']['mean'])}"
     at = f"{100 * report['spec']['prune']['sparsity']:g} % sparsity"
     beta = f"beta = {best['beta']:.3g} (tilt {best['tilt']:.2f})"
     over = f"{gain['n']} windows and {_count(gain['n_seeds'], 'calibration seed')}"
@@ -218,8 +225,8 @@ def _conclusion(report: Report) -> str:
         )
     else:
         text = (
-            f"No gain at {at}: {beta} gives perplexity {after}, uniform {before} ({dense}), and "
-            f"the difference of {gain['mean']:.3f} nats/token may be chance ({interval})."
+            f"No gain at {at}: {beta} gives perplexity {after}, uniform {before}; {dense}. "
+            f"The difference of {gain['mean']:.3f} nats/token may be chance ({interval})."
         )
     if gain["n_seeds"] == 1 and best["beta"] != 0:
         text += " With one calibration seed, the interval says nothing about other seeds."
@@ -241,7 +248,12 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"estimate": estimate, "percent": _percent, "duration": duration}
+    environment.filters |= {
+        "estimate": _estimate,
+        "three_digits": three_digits,
+        "percent": _percent,
+        "duration": duration,
+    }
     return environment.get_template("report.html").render(
         report=report,
         figures=figures(report),
@@ -249,6 +261,10 @@ def render(report: Report) -> str:
         colours=COLOURS,
         plotly=get_plotlyjs(),
     )
+
+
+def _estimate(value: dict[str, Any]) -> str:
+    return plus_minus(value["mean"], value["stderr"])
 
 
 def _percent(value: float, digits: int = 1) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from tasks.statistics import plus_minus
+
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(@[\w./-]+)?(:[^:]+)?")
 
 
@@ -117,8 +119,8 @@ def _rows(report: Mapping[str, Any]) -> str:
             zeros = 100 * report[side].get("sparsity", 0)
             perplexity, bits = metrics["perplexity"], metrics["bits_per_byte"]
             rows.append(
-                f"| {side} | {perplexity['mean']:.4g} ± {perplexity['stderr']:.2g} "
-                f"| {bits['mean']:.4g} ± {bits['stderr']:.2g} | {zeros:.2f} % |"
+                f"| {side} | {plus_minus(perplexity['mean'], perplexity['stderr'])} "
+                f"| {plus_minus(bits['mean'], bits['stderr'])} | {zeros:.2f} % |"
             )
     return "\n".join(rows)
 

@@ -93,9 +93,28 @@ def paired_difference(a: Rows, b: Rows, tokens: Sequence[int] | None = None) -> 
 
 
 def ruled_out(candidate: Sequence[float], best: Sequence[float], level: float = 0.05) -> bool:
-    """Whether a one-sided paired t test over the same windows says that `candidate` is worse."""
+    """Whether a one-sided paired t test over the same windows says that `candidate` is worse.
+
+    A single window rules nothing out.
+    """
+    if len(candidate) == len(best) == 1:
+        return False
     excess = paired_difference(candidate, best)
     return excess.mean > float(student.ppf(1 - level, excess.df)) * excess.stderr
+
+
+def plus_minus(mean: float, stderr: float | None) -> str:
+    """84.0 ± 5.1: the standard error to two digits, the mean to as many decimals."""
+    if stderr is None:
+        return f"{mean:.4f}"
+    digits = 1 - math.floor(math.log10(stderr)) if stderr > 0 else 4
+    digits = min(max(digits, 0), 6)
+    return f"{mean:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def three_digits(value: float) -> str:
+    """19.9, 5.47 or 1633: at least three significant digits, never an exponent."""
+    return f"{value:.{max(2 - math.floor(math.log10(abs(value))), 0) if value else 0}f}"
 
 
 def _table(rows: Rows) -> Array:

@@ -203,6 +203,15 @@ def test_seeds_without_both_sides_are_left_out() -> None:
     assert build_report(make_spec(), make_model(), results, 1.0)["gain"]["seeds"] == [0, 1]
 
 
+def test_trial_of_one_window_has_a_loss_without_a_standard_error() -> None:
+    one: dict[str, Any] = {"losses": [4.5], "tokens": [511], "bytes": [2044]}
+    results = [make_result(20, "search", 0, 0.0, **one), *make_run()[8:]]
+    report = build_report(make_spec(), make_model(), results, 1.0)
+    row = report["trials"][-1]
+    assert (row["loss"], row["stderr"], row["gain"]) == (4.5, None, None)
+    assert "4.5000" in render(report)
+
+
 def test_run_without_a_final_stage_says_what_to_do() -> None:
     with pytest.raises(UserError, match=r"no final comparison yet \(10 trials finished"):
         build_report(make_spec(), make_model(), make_run()[:11], 1.0)

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tasks.statistics import bits_per_byte, mean_loss, paired_difference, perplexity, ruled_out
+from tasks.statistics import (
+    bits_per_byte,
+    mean_loss,
+    paired_difference,
+    perplexity,
+    plus_minus,
+    ruled_out,
+    three_digits,
+)
 
 
 def test_perplexity_is_exp_of_the_token_weighted_mean() -> None:
@@ -96,6 +104,7 @@ def test_ruled_out_agrees_with_a_one_sided_paired_test() -> None:
 
 
 def test_a_constant_excess_is_ruled_out_and_a_better_candidate_never() -> None:
+    assert not ruled_out([3.5], [3.0])  # one window
     assert ruled_out([3.5, 2.5], [3.0, 2.0])
     assert not ruled_out([2.9, 1.8, 2.0], [3.0, 2.0, 2.1])
 
@@ -107,3 +116,11 @@ def test_windows_must_match_and_be_at_least_two() -> None:
         ruled_out([1.0, 2.0, 3.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="at least 2 windows"):
         mean_loss([1.0], [10])
+
+
+def test_numbers_are_written_as_precisely_as_they_are_known() -> None:
+    assert plus_minus(84.0312, 5.1349) == "84.0 ± 5.1"
+    assert plus_minus(-1.07231, 0.0231) == "-1.072 ± 0.023"
+    assert plus_minus(1633.2, 312.0) == "1633 ± 312"
+    assert plus_minus(3.0, 0.0) == "3.0000 ± 0.0000"
+    assert [three_digits(x) for x in (1633.2, 84.0, 5.4712, 0.0)] == ["1633", "84.0", "5.47", "0"]
