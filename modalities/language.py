@@ -1,0 +1,268 @@
+"""Language models: any decoder that transformers loads as a causal language model.
+
+    modality = LanguageModality.load(ModelSpec(source="path/to/model"), torch.device("cpu"))
+    modality.losses(modality.evaluation_batches(data, "report", windows=8, context=512)[0])
+
+A checkpoint is converted once per node into one mapped file (GGUF is dequantised), next to its
+configuration and tokenizer; from then on opening it takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infra.checkpoints import CheckpointLayout, inspect_checkpoint
+from infra.documents import documents
+from infra.errors import UserError
+from infra.records import Split
+from infra.sources import cache_dir, fetch
+from infra.specs import CalibrationSpec, DataSpec, ModelSpec
+from infra.weights import MappedWeights, save_mapped
+from modalities.base import Batch, Modality, resolve_dtype
+from modalities.blocks import Block, find_blocks
+from modalities.text import adds_bos, cut_windows, shuffled
+
+_FORMAT = 1  # of a converted checkpoint; a change makes all of them anew
+_WEIGHTS = "weights.safetensors"
+_PROBE_TOKENS = 64
+_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
+_HEAD_ROWS = 512  # logits turned to float32 at once
+
+
+class LanguageModality(Modality):
+    """A causal language model; its loss is nats per token."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[Block],
+        weights: MappedWeights,
+        device: torch.device,
+        tokenizer: Any,
+        licence: str,
+    ) -> None:
+        super().__init__(model, blocks, weights, device)
+        self.tokenizer, self.licence = tokenizer, licence
+        self._adds_bos = adds_bos(tokenizer)
+
+    @classmethod
+    def load(cls, spec: ModelSpec, device: torch.device) -> LanguageModality:
+        """Convert where this node has not yet, then map.
+
+        Raises UserError for weights that are missing, damaged, unsafe or of another shape, and
+        for a model whose matrix products are not seen.
+        """
+        folder = convert(spec, resolve_dtype(spec.dtype, device))
+        weights = MappedWeights(folder / _WEIGHTS)
+        model = _skeleton(folder, spec)
+        weights.attach(model, "", torch.device("cpu"))
+        model.tie_weights()
+        empty = [name for name, p in model.named_parameters() if p.is_meta]
+        if empty:
+            raise UserError(f"{spec.source} has no weights for {empty[0]}: fetch it again")
+        tokenizer = _tokenizer(folder)
+        ids = torch.arange(_PROBE_TOKENS).remainder(_vocabulary(model))[None]
+        blocks = find_blocks(model, lambda: model(input_ids=ids, use_cache=False))
+        licence = json.loads((folder / "source.json").read_text())["licence"]
+        return cls(model, blocks, weights, device, tokenizer, licence)
+
+    def calibration_batches(
+        self, data: DataSpec, calibration: CalibrationSpec, *, divisor: int = 1
+    ) -> list[Batch]:
+        """The first windows of the calibration documents in the order of the seed."""
+        texts = shuffled(documents(data, "calibration"), calibration.seed)
+        size = (calibration.samples, calibration.length)
+        return self._batches(texts, *size, "data.calibration", divisor)
+
+    def evaluation_batches(
+        self, data: DataSpec, split: Split, windows: int, context: int, *, divisor: int = 1
+    ) -> list[Batch]:
+        """The first windows of a split, in an order that never changes."""
+        texts = shuffled(documents(data, split), 0)
+        return self._batches(texts, windows, context, f"data.{split}", divisor)
+
+    def _batches(
+        self, texts: list[str], count: int, length: int, what: str, divisor: int
+    ) -> list[Batch]:
+        limit = self.record_context()
+        if length > limit:
+            raise UserError(f"{what}: windows of {length} tokens, the model's context is {limit}")
+        cut = cut_windows(self.tokenizer, texts, length=length, count=count, what=what)
+        vocabulary = _vocabulary(self.model)
+        if int(cut.ids.max()) >= vocabulary:
+            raise UserError(
+                f"the tokenizer does not match the model: it made token {int(cut.ids.max())}, "
+                f"the model has {vocabulary} embeddings; set model.tokenizer"
+            )
+        rows = max(1, _TOKENS_PER_BATCH.get(self.device.type, 2048) // length // divisor)
+        return [
+            Batch(cut.ids[i : i + rows].to(self.device), cut.bytes[i : i + rows])
+            for i in range(0, count, rows)
+        ]
+
+    def run(self, batch: Batch) -> Any:
+        """One forward of the whole model."""
+        return self.model(input_ids=batch.ids, use_cache=False)
+
+    def losses(self, batch: Batch) -> list[float]:
+        """Mean negative log-likelihood of each window's tokens after its first, in nats."""
+        logits: Tensor = self.run(batch).logits
+        sums = []
+        for row, ids in zip(logits, batch.ids, strict=True):
+            parts = [
+                F.cross_entropy(part.float(), target, reduction="sum")
+                for part, target in zip(
+                    row[:-1].split(_HEAD_ROWS), ids[1:].split(_HEAD_ROWS), strict=True
+                )
+            ]
+            sums.append(torch.stack(parts).sum(dtype=torch.float64))
+        return [float(x) / (batch.ids.shape[1] - 1) for x in sums]
+
+    def scored_tokens(self, batch: Batch) -> list[int]:
+        """All tokens of a window but its first."""
+        return [batch.ids.shape[1] - 1] * batch.ids.shape[0]
+
+    def save(self, folder: Path) -> None:
+        """`save_pretrained` of the model and its tokenizer."""
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(folder)
+
+    def reopen(self, folder: Path) -> LanguageModality:
+        """Load what `save` wrote, as any user of transformers would."""
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")
+        rest = (self.weights, self.device, self.tokenizer, self.licence)
+        return LanguageModality(model, [], *rest)
+
+    def record_context(self) -> int:
+        """The longest context that the model's configuration states."""
+        config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+    def facts(self) -> dict[str, Any]:
+        """Context, BOS habit and licence."""
+        return {
+            "context": self.record_context(),
+            "adds_bos": self._adds_bos,
+            "licence": self.licence,
+        }
+
+
+def convert(spec: ModelSpec, dtype: torch.dtype) -> Path:
+    """The folder of a converted checkpoint; made once per node, under a lock, renamed when done."""
+    layout = inspect_checkpoint(
+        fetch(spec.source, allow_pickle=spec.allow_pickle),
+        allow_pickle=spec.allow_pickle,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    tokenizer_path = fetch(spec.tokenizer) if spec.tokenizer else None
+    key = json.dumps([_FORMAT, str(dtype), layout.stamp(), str(tokenizer_path)])
+    folder = cache_dir() / "converted" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{folder}.lock"):
+        if not (folder / "source.json").is_file():
+            making = folder.with_suffix(f".{os.getpid()}")
+            try:
+                making.mkdir(parents=True, exist_ok=True)
+                _convert(spec, layout, tokenizer_path, dtype, making)
+                os.replace(making, folder)
+            finally:
+                shutil.rmtree(making, ignore_errors=True)
+    return folder
+
+
+def _convert(
+    spec: ModelSpec,
+    layout: CheckpointLayout,
+    tokenizer_path: Path | None,
+    dtype: torch.dtype,
+    folder: Path,
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": spec.trust_remote_code}
+    if layout.gguf:
+        options |= {"gguf_file": layout.gguf, "quantization_config": GgufConfig(dequantize=True)}
+    else:
+        options["use_safetensors"] = not layout.pickle
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            layout.folder, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"cannot load {spec.source}: {_first_line(error)}") from error
+    lost = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if lost:
+        raise UserError(f"{spec.source} lacks {len(lost)} weights of its model, {lost[0]} first")
+    model.config.quantization_config = None
+    del model.config.quantization_config
+    where = tokenizer_path or layout.folder
+    extra = {"gguf_file": layout.gguf} if layout.gguf and tokenizer_path is None else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, trust_remote_code=spec.trust_remote_code, **extra
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot load the tokenizer of {spec.source}: {_first_line(error)}; set model.tokenizer"
+        ) from error
+    save_mapped(model, folder / _WEIGHTS)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    licence = _licence(layout.folder)
+    (folder / "source.json").write_text(json.dumps({"source": spec.source, "licence": licence}))
+
+
+def _skeleton(folder: Path, spec: ModelSpec) -> nn.Module:
+    """The model's modules with real buffers and empty parameters."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=spec.trust_remote_code
+        )
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # fused kernels hide the products of experts
+    return model.eval().requires_grad_(False)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = 1 << 30  # windows are cut from longer texts
+    return tokenizer
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def _licence(folder: Path) -> str:
+    """The licence that a model card states in its front matter."""
+    card = folder / "README.md"
+    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
+    stated = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
+    return stated[0] if stated else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

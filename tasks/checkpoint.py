@@ -1,0 +1,84 @@
+"""Sparse checkpoints: saved by the model's own library, opened again and compared bit by bit.
+
+    folder, sha256 = save_checkpoint(modality, spec, rates, outcome, evaluation)
+
+A checkpoint is an ordinary one with zeros in it, plus `sparsity.json`: which matrix was pruned at
+which rate, how, on what, and the SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from infra.records import TrialSpec
+from infra.sources import cache_dir, sha256_of
+from modalities.base import Batch, Modality
+from tasks.sweep import Outcome
+
+SPARSITY_FILE = "sparsity.json"
+
+
+def save_checkpoint(
+    modality: Modality,
+    spec: TrialSpec,
+    rates: Sequence[float],
+    outcome: Outcome,
+    evaluation: Sequence[Batch],
+) -> tuple[str, dict[str, str]]:
+    """Save the pruned model into a folder of its own; returns it and the SHA-256 of each file.
+
+    Raises RuntimeError where the saved model is not the pruned one: other weights, other sparsity
+    or another loss on the first evaluated batch.
+    """
+    folder = cache_dir() / "outbox" / uuid.uuid4().hex
+    folder.mkdir(parents=True)
+    try:
+        modality.save(folder)
+        _verify(modality, folder, outcome, evaluation[0])
+        hashes = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
+        facts = {
+            "version": 1,
+            "model": spec.model.source,
+            "dense_sha256": modality.weights.sha256,
+            "method": spec.prune.method,
+            "allocation": spec.prune.allocation,
+            "pause": spec.prune.pause,
+            "sparsity": spec.prune.sparsity,
+            "beta": spec.prune.beta,
+            "block_rates": list(rates),
+            "calibration": spec.calibration.model_dump(),
+            "data": spec.data.model_dump(),
+            "matrices": [matrix.model_dump() for matrix in outcome.matrices],
+            "sha256": hashes,
+        }
+        (folder / SPARSITY_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    return str(folder), hashes | {SPARSITY_FILE: sha256_of(folder / SPARSITY_FILE)}
+
+
+def _verify(modality: Modality, folder: Path, outcome: Outcome, batch: Batch) -> None:
+    saved = modality.reopen(folder)
+    for name, parameter in modality.model.named_parameters():
+        if not torch.equal(parameter.cpu(), saved.model.get_parameter(name).cpu()):
+            raise RuntimeError(f"{name} was saved with other values")
+    blocks = modality.blocks
+    for matrix in outcome.matrices:
+        block = blocks[matrix.block]
+        name, _, expert = matrix.matrix.partition("[")
+        weight = saved.model.get_parameter(f"{block.name}.{name}")
+        weight = weight[int(expert.rstrip("]"))] if expert else weight
+        zeros = int(weight.numel() - weight.count_nonzero())
+        if zeros != matrix.zeros:
+            raise RuntimeError(f"{block.name}.{matrix.matrix} was saved with {zeros} zeros")
+    with torch.no_grad():
+        losses = saved.losses(batch)
+    if losses != outcome.losses[: len(losses)]:
+        raise RuntimeError(f"the saved model gives {losses}, the sweep {outcome.losses}")

@@ -1,0 +1,198 @@
+"""Lockstep execution: many forwards of one model that wait for each other at every block.
+
+    with Lockstep(blocks) as lockstep:
+        runs = [lockstep.start(lambda b=b: model(**b)) for b in batches]
+        while (i := lockstep.lowest(runs)) is not None:
+            for run in lockstep.standing(runs, i):
+                run.resume(Pass())
+
+The model's own forward drives: each runs as a coroutine (greenlet), and each block's forward is
+replaced, for the duration, by one that hands control to the scheduler and is told how to go on.
+torch keeps grad mode, autocast, default device and function modes per thread; whatever a model
+has entered when it pauses is set aside at every switch, so that it never reaches another run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+import greenlet
+import torch
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack,
+    _pop_mode as _pop_dispatch_mode,
+    _push_mode as _push_dispatch_mode,
+)
+from torch.utils._pytree import tree_leaves
+
+from infra.errors import UserError
+
+_DEVICES = ("cpu", "cuda")
+
+
+@contextmanager
+def torch_state_set_aside() -> Iterator[None]:
+    """Leave every thread-local context of torch, and enter them again at the end."""
+    function_modes = [_pop_mode() for _ in _get_current_function_mode_stack()]
+    dispatch_modes = [_pop_dispatch_mode() for _ in _get_current_dispatch_mode_stack()]
+    autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES]
+    cache = torch.is_autocast_cache_enabled()
+    dtype = torch.get_default_dtype()
+    try:
+        # The guard saves grad mode, inference mode and dispatch keys, and restores all of them.
+        with torch.inference_mode(False), torch.no_grad():
+            for device in _DEVICES:
+                torch.set_autocast_enabled(device, False)
+            yield
+    finally:
+        for device, enabled, precision in autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, precision)
+        torch.set_autocast_cache_enabled(cache)
+        torch.set_default_dtype(dtype)
+        for mode in reversed(dispatch_modes):
+            _push_dispatch_mode(mode)
+        for mode in reversed(function_modes):
+            _push_mode(mode)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a run goes through the block it stands at.
+
+    `watch` is entered around the block; `again` drops the output and comes back to the same
+    place; `seen` is handed the block's output.
+    """
+
+    watch: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    again: bool = False
+    seen: Callable[[Any], None] | None = None
+
+
+class Run:
+    """One forward, as a coroutine. `place` is what it waits at; `result` is there when it ended."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.place: Any = None
+        self.result: Any = None
+        self._greenlet = greenlet.greenlet(function)
+        self.resume(None)
+
+    def resume(self, instruction: Any) -> None:
+        """Go on until the next pause or the end. What the forward raises is raised here."""
+        self.place = None
+        value = self._greenlet.switch(instruction) if self._greenlet else self._greenlet.switch()
+        if self._greenlet.dead:
+            self.result = value
+        else:
+            self.place = value
+
+    def close(self) -> None:
+        """End the forward where it stands and free what it holds."""
+        self._greenlet.throw(greenlet.GreenletExit)
+        self.place = None
+
+
+def pause(place: Any) -> Any:
+    """Called inside a run: wait at `place`; returns the scheduler's instruction."""
+    parent = greenlet.getcurrent().parent
+    if parent is None:
+        raise RuntimeError("pause() outside a lockstep run")
+    with torch_state_set_aside():
+        return parent.switch(place)
+
+
+@dataclass(frozen=True, order=True)
+class AtBlock:
+    """A run stands before block `index`."""
+
+    index: int
+
+
+class Lockstep(AbstractContextManager["Lockstep"]):
+    """Replaces the forward of each block while it is entered.
+
+    Raises UserError, naming the block, where a block is visited again by the same forward,
+    changes its arguments or is given a cache: a second pass would then see other inputs.
+    """
+
+    def __init__(self, blocks: Sequence[tuple[str, nn.Module]]) -> None:
+        self.blocks = blocks
+        self._before: list[Any] = []
+        self._runs: list[Run] = []
+
+    def __enter__(self) -> Lockstep:
+        for index, (_, block) in enumerate(self.blocks):
+            # accelerate keeps its dispatch hook in __dict__: put back exactly what was there.
+            self._before.append(block.__dict__.get("forward"))
+            block.forward = self._waiting(index, block.forward)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for run in self._runs:
+            if run.place is not None:
+                run.close()
+        for (_, block), before in zip(self.blocks, self._before, strict=True):
+            if before is None:
+                del block.forward
+            else:
+                block.forward = before  # type: ignore[method-assign]
+
+    def start(self, function: Callable[[], Any]) -> Run:
+        """Run a forward up to its first block."""
+        run = Run(function)
+        self._runs.append(run)
+        return run
+
+    def lowest(self, runs: Iterable[Run]) -> int | None:
+        """The lowest block at which a run stands; None when all have ended."""
+        places = [run.place.index for run in runs if isinstance(run.place, AtBlock)]
+        return min(places, default=None)
+
+    def standing(self, runs: Iterable[Run], index: int) -> list[Run]:
+        """The runs that stand before a block."""
+        return [run for run in runs if run.place == AtBlock(index)]
+
+    def _waiting(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        name = self.blocks[index][0]
+        visitors: WeakSet[greenlet.greenlet] = WeakSet()
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            visitor = greenlet.getcurrent()
+            if visitor in visitors:
+                raise UserError(f"{name} is visited twice in one forward: shared blocks cannot be "
+                                "pruned in lockstep")
+            visitors.add(visitor)
+            leaves = tree_leaves((args, kwargs))
+            _refuse_cache(name, kwargs)
+            while True:
+                how: Pass = pause(AtBlock(index))
+                versions = _versions(leaves)
+                with how.watch:
+                    output = original(*args, **kwargs)
+                if how.again and _versions(leaves) != versions:
+                    raise UserError(f"{name} changes its arguments in place, so it cannot be run "
+                                    "twice: use prune.pause=linear")
+                if how.seen is not None:
+                    how.seen(output)
+                if not how.again:
+                    return output
+                del output
+
+        return forward
+
+
+def _versions(leaves: Iterable[Any]) -> list[int]:
+    return [x._version for x in leaves if isinstance(x, torch.Tensor) and not x.is_inference()]
+
+
+def _refuse_cache(name: str, kwargs: dict[str, Any]) -> None:
+    for key, value in kwargs.items():
+        if value is not None and "past" in key and not isinstance(value, bool):
+            raise UserError(f"{name} is given a cache ({key}): run the model with use_cache=False")

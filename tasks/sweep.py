@@ -1,0 +1,227 @@
+"""The lockstep sweep: one pass over the weights prunes a model and evaluates it.
+
+    outcome = sweep(modality, rates, method="wanda", pause="linear",
+                    calibration=calibration_batches, evaluation=evaluation_batches)
+    outcome.losses
+
+All batches wait for each other at every block. There the dense copies pass first, the calibration
+batches show the block its inputs, its matrices are pruned, and everything else goes through the
+pruned block once. A block's weights are on the device only while batches stand at it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from infra.records import BlockError, MatrixRecord
+from modalities.base import Batch, Modality
+from modalities.products import Matrix, ProductWatcher
+from tasks.allocation import zeros_per_matrix
+from tasks.errors import ErrorCurve
+from tasks.lockstep import Lockstep, Pass, Run, pause
+from tasks.pruning import ColumnNorms, prune_in_place
+
+
+@dataclass
+class Outcome:
+    """What a sweep gives: a loss per window, and what became of every matrix."""
+
+    losses: list[float] = field(default_factory=list)
+    dense_losses: list[float] = field(default_factory=list)
+    matrices: list[MatrixRecord] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+    errors: list[BlockError] = field(default_factory=list)
+    token_passes: int = 0
+
+
+@dataclass(frozen=True)
+class AtProduct:
+    """A calibration run stands before the product with a matrix, its inputs already counted."""
+
+    matrix: Matrix
+
+
+def sweep(
+    modality: Modality,
+    rates: Sequence[float],
+    *,
+    method: str,
+    pause_at: Literal["block", "linear"],
+    calibration: Sequence[Batch],
+    evaluation: Sequence[Batch],
+    dense: bool = False,
+    keep: bool = False,
+) -> Outcome:
+    """Prune every matrix of block i at rates[i] and evaluate the pruned model.
+
+    `dense` lets a dense copy of the evaluation ride along, for its losses and the error of every
+    block. `keep` leaves the pruned weights in the model; otherwise each block is dense again as
+    soon as all batches have passed it. Raises RuntimeError where the result is not what was asked
+    for: a wrong number of zeros, something changed that is not prunable, a loss that is not finite.
+    """
+    return _Sweep(modality, rates, method, pause_at, keep).run(calibration, evaluation, dense)
+
+
+class _Sweep:
+    def __init__(
+        self, modality: Modality, rates: Sequence[float], method: str, pause_at: str, keep: bool
+    ) -> None:
+        self.modality, self.method, self.pause_at, self.keep = modality, method, pause_at, keep
+        self.outcome = Outcome()
+        plan = modality.matrices()
+        zeros = zeros_per_matrix([rates[m.block] for m in plan], [m.params for m in plan])
+        records = iter(
+            m.model_copy(update={"rate": rates[m.block], "zeros": z})
+            for m, z in zip(plan, zeros, strict=True)
+        )
+        self.plan = [[(m, next(records)) for m in block.matrices] for block in modality.blocks]
+        self.pruning = any(zeros)
+        self._touched: set[int] = set()
+
+    def run(
+        self, calibration: Sequence[Batch], evaluation: Sequence[Batch], dense: bool
+    ) -> Outcome:
+        modality, outcome = self.modality, self.outcome
+        blocks = [(block.name, block.module) for block in modality.blocks]
+        calibration = calibration if self.pruning else ()
+        last = len(blocks) - 1
+        with torch.no_grad(), ExitStack() as stack:
+            lockstep = stack.enter_context(Lockstep(blocks))
+            stack.callback(self._restore)
+            calibrating = [lockstep.start(lambda b=b: modality.run(b)) for b in calibration]
+            evaluating = [lockstep.start(lambda b=b: modality.losses(b)) for b in evaluation]
+            riding = [
+                lockstep.start(lambda b=b: modality.losses(b)) for b in (evaluation if dense else ())
+            ]
+            runs = calibrating + evaluating + riding
+            self._pairs = dict(zip(map(id, evaluating), map(id, riding), strict=False))
+            while (index := lockstep.lowest(runs)) is not None:
+                standing = [lockstep.standing(group, index) for group in
+                            (calibrating, evaluating, riding)]
+                self._block(index, *standing, close=index == last)
+            outcome.losses = [loss for run in evaluating for loss in run.result]
+            outcome.dense_losses = [loss for run in riding for loss in run.result]
+            modality.check_untouched(None)
+            if not all(map(math.isfinite, outcome.losses)):
+                raise RuntimeError(f"the loss is {outcome.losses[0]:g}: the pruned model overflows")
+            self._touched.clear()  # what is kept stays as it is
+        passes = 2 if self.pause_at == "block" else 1
+        outcome.token_passes = sum(b.tokens for b in calibration) * passes
+        outcome.token_passes += sum(b.tokens for b in evaluation) * (2 if dense else 1)
+        return outcome
+
+    def _restore(self) -> None:
+        """After a failure too: the next sweep finds the dense model."""
+        for index in self._touched:
+            self.modality.release_block(index)
+
+    def _block(
+        self,
+        index: int,
+        calibrating: list[Run],
+        evaluating: list[Run],
+        riding: list[Run],
+        *,
+        close: bool,
+    ) -> None:
+        self._touched.add(index)
+        self.modality.attach_block(index)
+        curve = ErrorCurve(index) if riding else None
+        for run in riding:
+            run.resume(Pass(seen=lambda out, key=id(run): curve.dense(key, out)))
+        if self.pruning:
+            if self.pause_at == "block":
+                self._prune_block(index, calibrating, close)
+            else:
+                self._prune_products(index, calibrating, close)
+        for run in evaluating:
+            seen = None
+            if curve is not None:
+                seen = lambda out, key=self._pairs[id(run)]: curve.pruned(key, out)  # noqa: E731
+            run.resume(Pass(seen=seen))
+        if curve is not None:
+            self.outcome.errors.append(curve.result())
+        self.modality.check_untouched(index)
+        if self.keep:
+            self.modality.park_block(index)
+        else:
+            self.modality.release_block(index)
+            self._touched.remove(index)
+
+    def _prune_block(self, index: int, calibrating: list[Run], close: bool) -> None:
+        """Two passes: all inputs of the dense block first, then its pruned outputs."""
+        norms = {matrix: ColumnNorms() for matrix, _ in self.plan[index]}
+        for run in calibrating:
+            run.resume(Pass(ProductWatcher(norms, _Meter(norms)), again=True))
+        for matrix, record in self.plan[index]:
+            self._prune(matrix, record, norms[matrix])
+        for run in calibrating:
+            run.close() if close else run.resume(Pass())
+
+    def _prune_products(self, index: int, calibrating: list[Run], close: bool) -> None:
+        """One pass: every matrix is pruned the moment all its inputs are there."""
+        norms = {matrix: ColumnNorms() for matrix, _ in self.plan[index]}
+        order = {matrix: place for place, (matrix, _) in enumerate(self.plan[index])}
+        done: set[Matrix] = set()
+
+        def watch(meter: _Meter, matrix: Matrix, inputs: Tensor) -> None:
+            if matrix in done:
+                raise RuntimeError(
+                    f"{matrix.name} is multiplied again after it was pruned: use prune.pause=block"
+                )
+            meter(matrix, inputs)
+            pause(AtProduct(matrix))
+
+        for run in calibrating:
+            watcher = ProductWatcher(norms, partial(watch, _Meter(norms)))
+            run.resume(Pass(watcher, seen=pause if close else None))
+        while waiting := [run for run in calibrating if isinstance(run.place, AtProduct)]:
+            matrix = min((run.place.matrix for run in waiting), key=order.__getitem__)
+            self._prune(matrix, self.plan[index][order[matrix]][1], norms[matrix])
+            done.add(matrix)
+            for run in waiting:
+                if run.place.matrix is matrix:
+                    run.resume(None)
+        for matrix, record in self.plan[index]:
+            if matrix not in done:
+                self._prune(matrix, record, norms[matrix])
+        if close:
+            for run in calibrating:
+                run.close()
+
+    def _prune(self, matrix: Matrix, record: MatrixRecord, norms: ColumnNorms) -> None:
+        weight = matrix.weight()
+        before = int(weight.numel() - weight.count_nonzero())
+        if not prune_in_place(weight, norms, method=self.method, zeros=record.zeros):
+            self.outcome.fallbacks.append(f"{self.modality.blocks[record.block].name}.{matrix.name}")
+        zeros = int(weight.numel() - weight.count_nonzero())
+        if not record.zeros <= zeros <= max(record.zeros, record.zeros + before):
+            raise RuntimeError(f"{matrix.name}: {zeros} zeros instead of {record.zeros}")
+        if not torch.isfinite(weight).all():
+            raise RuntimeError(f"{matrix.name} holds NaN or infinity")
+        self.outcome.matrices.append(record.model_copy(update={"zeros": zeros}))
+
+
+class _Meter:
+    """Adds inputs to the norms of a matrix; inputs shared by several matrices are read once."""
+
+    def __init__(self, norms: dict[Matrix, ColumnNorms]) -> None:
+        self.norms = norms
+        self._last: tuple[Any, Tensor] | None = None
+        self._shared = ColumnNorms()
+
+    def __call__(self, matrix: Matrix, inputs: Tensor) -> None:
+        key = (inputs.data_ptr(), inputs.shape, inputs._version)
+        if self._last is None or self._last[0] != key:
+            self._shared = ColumnNorms()
+            self._shared.add(inputs)
+            self._last = (key, inputs)  # holding the tensor keeps its address from being reused
+        self.norms[matrix].merge(self._shared)
