@@ -1,9 +1,9 @@
 # `make demo` on a fresh checkout installs everything and runs the quickstart; `make` lists the rest.
 
 # The first interpreter that the lock file covers; another one: make PYTHON=/path/to/python3.12
+COVERED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
-	&& echo $$p && break; done)
+	$$p -c '$(COVERED)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PACKAGES := flows tasks modalities infra
@@ -20,7 +20,8 @@ help: ## list the targets
 
 # The stamp is written last, so an interrupted install is taken up again.
 $(INSTALLED): requirements.lock pyproject.toml
-	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found: make PYTHON=/path/to/it" >&2; exit 2; }
+	@$(or $(PYTHON),false) -c '$(COVERED)' \
+		|| { echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=/path/to/it" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
