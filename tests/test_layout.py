@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 # Imported by the driver or by anything that only reads a run: a second of torch would be felt.
 TORCH_FREE = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("flows", "infra")]
-NEEDS_TORCH = {"infra/weights.py"}  # runs in workers only
+NEEDS_TORCH = {"infra/weights.py"}  # worker processes only
 
 
 def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
@@ -161,6 +161,13 @@ def test_lock_holds_every_dependency() -> None:
 def test_example_specs_are_valid(path: Path) -> None:
     spec = load_spec(path)
     assert spec.run.dir == f"runs/{path.stem}"
+
+
+def test_demo_names_a_spec_that_ships() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert set(re.findall(r"\S+\.toml", makefile.split("\ndemo:")[1].split("\n\n")[0])) <= {
+        str(path.relative_to(ROOT)) for path in SPECS
+    }
 
 
 def test_upload_is_refused() -> None:
