@@ -1,0 +1,56 @@
+"""The process's surroundings: nothing is reported to anyone, and our packages are ours.
+
+    prepare()  # first of all, before Ray, MLflow or the hub is imported
+    guard()
+
+Both must run before anything heavy is imported: these libraries read their variables on import.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from infra.errors import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PACKAGES = ("flows", "tasks", "modalities", "infra")
+
+TELEMETRY_OFF = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+QUIET = {
+    "GIT_PYTHON_REFRESH": "quiet",  # MLflow warns where there is no git
+    "HF_HUB_DISABLE_XET": "1",  # its transfers start again from zero after a kill
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # else Ray prints lost workers on standard output
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` makes every worker install anew
+    "TOKENIZERS_PARALLELISM": "false",  # warns, and may deadlock, in a forked process
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def prepare() -> None:
+    """Turn telemetry off, whatever the user's shell says, and start-up noise unless it objects."""
+    os.environ.update(TELEMETRY_OFF)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+def guard() -> None:
+    """Refuse to start with someone else's `flows`, `tasks`, `modalities` or `infra`.
+
+    They are also names on package indexes. Nothing is imported to find out.
+    """
+    for name in PACKAGES:
+        found = find_spec(name)
+        ours = CHECKOUT / name / "__init__.py"
+        origin = Path(found.origin).resolve() if found and found.origin else None
+        if origin != ours:
+            raise UserError(
+                f"{name} would be imported from {origin or 'nowhere'} instead of {ours}: uninstall "
+                "the package of that name, or remove it from PYTHONPATH"
+            )
