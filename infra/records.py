@@ -38,6 +38,8 @@ class ModelRecord(Frozen):
     unseen: list[str] = Field(default=[], description="matrices of blocks in no known product")
     context: int = Field(description="longest context the model states")
     adds_bos: bool
+    dense_loss: float = Field(0.0, description="nats per token on two windows of selection text")
+    data_sha256: dict[str, str] = Field(default={}, description="of the documents of each split")
     licence: str = ""
 
     def block_params(self) -> list[int]:
@@ -52,7 +54,7 @@ class TrialSpec(Frozen):
     """One sweep: prune the model and measure it. `prune.beta` is the candidate."""
 
     number: int
-    stage: Literal["dense", "search", "final"]
+    stage: Literal["search", "final"]
     rung: int = Field(0, description="fidelity; losses of different rungs are not comparable")
     model: ModelSpec
     data: DataSpec
@@ -102,6 +104,7 @@ class TrialResult(Frozen):
     cost: Cost = Cost()
     attempts: int = Field(1, description="dispatches, the lost ones included")
     host: str = ""
+    node: str = Field("", description="Ray's id of the node that ran it")
     device: str = ""
     checkpoint: str = Field("", description="folder on `host` that holds the saved model")
     checkpoint_sha256: dict[str, str] = Field(default={}, description="of each file saved")

@@ -1,0 +1,172 @@
+"""The connection to Ray, and what the driver does over it.
+
+    with connect(ClusterSpec()) as cluster:
+        model = cluster.call(describe_model, spec.model)
+
+Ray must be imported after `environment.prepare()` to be quiet; the command line sees to that.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from infra import environment
+from infra.cluster.dispatch import BACKOFF_S, MAX_LOST, dispatch
+from infra.cluster.pool import Pool
+from infra.cluster.resources import Share, check_address
+from infra.cluster.transfer import fetch
+from infra.cluster.worker import TrialFunction, first_line
+from infra.devices import num_cores
+from infra.errors import UserError
+from infra.records import TrialResult, TrialSpec
+from infra.specs import ClusterSpec
+
+OBJECT_STORE_BYTES = 100 * 2**20  # holds specs, results and pieces of checkpoints only
+LONGEST_FOLDER = 32  # of 107 characters in the path of a socket, Ray adds up to 70
+
+T = TypeVar("T")
+
+
+@contextmanager
+def connect(spec: ClusterSpec) -> Iterator["Cluster"]:
+    """Ray at `spec.address`, at RAY_ADDRESS, or started here; what was started here is stopped.
+
+    Raises UserError where no cluster answers or where it has no room for a trial.
+    """
+    environment.prepare()
+    address = spec.address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"address": address, "log_to_driver": False}
+    scratch = ""
+    if address == "local":
+        folder = tempfile.gettempdir()
+        scratch = tempfile.mkdtemp(
+            prefix="ramp-", dir=folder if len(folder) <= LONGEST_FOLDER else "/tmp"
+        )
+        options |= {
+            "num_cpus": num_cores(),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_temp_dir": scratch,
+        }
+    else:
+        check_address(address)
+        modules = [str(environment.CHECKOUT / name) for name in environment.PACKAGES]
+        options["runtime_env"] = {"py_modules": modules, "excludes": ["__pycache__"]}
+    try:
+        try:
+            with _own_signal_handlers():
+                ray.init(logging_level=logging.ERROR, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"cannot use Ray at {address}: {first_line(error)}") from error
+        cluster = Cluster(spec, address)
+        try:
+            yield cluster
+        finally:
+            cluster.stop_workers()
+    finally:
+        ray.shutdown()
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Cluster:
+    """A cluster, and this driver's workers on it."""
+
+    def __init__(self, spec: ClusterSpec, address: str) -> None:
+        self._address = address
+        self._timeout_s = spec.trial_timeout_s
+        self._pool = Pool(spec)
+
+    @property
+    def share(self) -> Share:
+        """What one trial gets."""
+        return self._pool.share
+
+    @property
+    def parallel(self) -> int:
+        """Trials at once: as asked for, else as many as the nodes that are there now hold."""
+        return self._pool.parallel
+
+    def describe(self) -> dict[str, Any]:
+        """Nodes and what is on them, and how trials are placed there."""
+        nodes = self._pool.nodes()
+        return {
+            "address": self._address,
+            "nodes": [node.model_dump() for node in nodes],
+            "cpus": sum(node.cpus for node in nodes),
+            "gpus": sum(node.gpus for node in nodes),
+            "memory_bytes": sum(node.memory_bytes for node in nodes),
+            "parallel": self.parallel,
+            "cpus_per_trial": self.share.cpus,
+            "gpus_per_trial": self.share.gpus,
+        }
+
+    def run(self, function: TrialFunction, specs: Iterable[TrialSpec]) -> Iterator[TrialResult]:
+        """Run trials, `parallel` at a time, and yield each result as it returns.
+
+        A trial never raises: it fails with its cause, after these retries: its worker or node is
+        lost, again, at most 3 dispatches; CUDA is out of memory, once with half the batch; the
+        host is out of memory, once with nothing beside it. `specs` is read as workers come free.
+        Leaving the iterator early stops the trials in flight.
+        """
+        return dispatch(self._pool, function, specs, self._timeout_s)
+
+    def call(self, function: Callable[..., T], *args: object) -> T:
+        """Run one function in a worker; a UserError raised there is raised here.
+
+        A lost worker is replaced, at most 3 dispatches.
+        """
+        for attempt in range(1, MAX_LOST):
+            try:
+                return self._call(function, args)
+            except RayTaskError:
+                raise
+            except RayError:
+                self._pool.drop_dead_workers()
+                time.sleep(BACKOFF_S * attempt)
+        return self._call(function, args)
+
+    def fetch(self, result: TrialResult, destination: Path) -> None:
+        """Bring a trial's checkpoint from the node that made it, verified, to `destination`.
+
+        What was there is replaced. Raises FileNotFoundError where the node or the folder is gone
+        and OSError where a file is not what its SHA-256 says.
+        """
+        fetch(result, destination)
+
+    def stop_workers(self) -> None:
+        """Stop every worker, whatever it is doing; the next trial starts new ones."""
+        self._pool.stop_all()
+
+    def _call(self, function: Callable[..., T], args: tuple[object, ...]) -> T:
+        slot = self._pool.any()
+        try:
+            answer: T = ray.get(slot.actor.call.remote(function, args))
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+        return answer
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Ray replaces the handler of SIGTERM by one that exits at once."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in kept.items():
+                signal.signal(number, handler)

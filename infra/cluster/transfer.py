@@ -1,0 +1,68 @@
+"""Checkpoints travel to the driver: renamed on its own node, pulled in pieces from another.
+
+fetch(result, Path("runs/quickstart/best"))
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from infra.cluster.worker import first_line, read_chunk, remove_folder
+from infra.records import TrialResult
+from infra.sources import sha256_of
+
+
+def fetch(result: TrialResult, destination: Path) -> None:
+    """Bring a checkpoint to `destination`; see `Cluster.fetch`."""
+    source = Path(result.checkpoint)
+    partial = destination.with_name(f".{destination.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    here = result.node == ray.get_runtime_context().get_node_id() and source.is_dir()
+    try:
+        if here:
+            shutil.move(source, partial)
+            hashes = {name: sha256_of(partial / name) for name in result.checkpoint_sha256}
+        else:
+            hashes = _pull(result, partial)
+    except (RayError, FileNotFoundError) as error:
+        reason = first_line(getattr(error, "cause", error))
+        raise FileNotFoundError(f"{source} on {result.host} is out of reach: {reason}") from error
+    for name, sha256 in result.checkpoint_sha256.items():
+        if hashes[name] != sha256:
+            raise OSError(f"{source / name} on {result.host} is not the file that was saved")
+    replaced = destination.with_name(f".{destination.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if destination.exists():
+        destination.rename(replaced)
+    partial.rename(destination)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if not here:
+        ray.get(_on_node(result.node, remove_folder).remote(result.checkpoint))
+
+
+def _pull(result: TrialResult, folder: Path) -> dict[str, str]:
+    """Copy the files of a checkpoint from its node; returns the SHA-256 of what arrived."""
+    read = _on_node(result.node, read_chunk)
+    hashes = {}
+    for name in result.checkpoint_sha256:
+        digest, offset = hashlib.sha256(), 0
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("wb") as file:
+            while chunk := ray.get(read.remote(str(Path(result.checkpoint, name)), offset)):
+                file.write(chunk)
+                digest.update(chunk)
+                offset += len(chunk)
+        hashes[name] = digest.hexdigest()
+    return hashes
+
+
+def _on_node(node: str, function: Any) -> Any:
+    """The function as a Ray task of that node, which takes nothing from its trials."""
+    there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    return ray.remote(num_cpus=0)(function).options(scheduling_strategy=there)
