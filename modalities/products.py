@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class ProductWatcher(TorchFunctionMode):
             for piece, piece_inputs in self._slices(weight, inputs):
                 matrix = self._at.get(piece.data_ptr())
                 if matrix is not None and matrix.stored().numel() == piece.numel():
-                    self._watch(matrix, piece_inputs())
+                    self._watch(matrix, _rows(piece_inputs()))
         return func(*args, **kwargs)
 
     def _slices(
@@ -127,9 +128,10 @@ class ProductRecorder(TorchFunctionMode):
             address, size = weight.data_ptr(), weight.numel()
             for table, fused in ((self._slices, True), (self._whole, False)):
                 name, parameter = table.get(address, ("", weight))
-                whole = parameter.numel() // (parameter.shape[0] if fused else 1)
+                matrix = parameter.shape[1:] if fused else parameter.flatten(1).shape
+                fits = sorted(weight.shape[-2:]) == sorted(matrix)
                 batched = fused and weight.ndim == 3 and size == parameter.numel()
-                if name and (size == whole or batched):
+                if name and fits and (size == matrix.numel() or batched):
                     self.found.setdefault(name, Found(name, fused, transposed))
                     break
         return func(*args, **kwargs)
@@ -154,56 +156,86 @@ def _linear(input: Tensor, weight: Tensor, bias: Any = None) -> Iterator[Product
     yield weight, lambda: _rows(input), False
 
 
+def _tokens(x: Tensor, weight: Tensor) -> Tensor:
+    """Inputs of a product with `weight`: tokens x in; of a batched one experts x tokens x in."""
+    if weight.ndim != 3:
+        return _rows(x)
+    x = x[None] if x.ndim == 2 else x
+    if x.shape[-3] == 1:  # every expert multiplies the same tokens
+        x = x.expand(*x.shape[:-3], weight.shape[0], *x.shape[-2:])
+    return x.movedim(-3, 0).flatten(1, -2)
+
+
 def _matmul(input: Tensor, other: Tensor, **_: Any) -> Iterator[Product]:
     """`input @ other`: either may be the weight, and either may be a transposed view."""
     if input.ndim >= 2 and other.ndim >= 2:
-        if other.ndim == 3 and input.ndim == 3:
-            yield other, lambda: input, not _is_transposed_view(other)
-            yield input, lambda: other.mT, _is_transposed_view(input)
-        else:
-            yield other, lambda: _rows(input), not _is_transposed_view(other)
-            yield input, lambda: _rows(other.mT), _is_transposed_view(input)
+        yield other, lambda: _tokens(input, other), not _is_transposed_view(other)
+        yield input, lambda: _tokens(other.mT, input), _is_transposed_view(input)
+
+
+def _mm(input: Tensor, mat2: Tensor, **_: Any) -> Iterator[Product]:
+    yield from _matmul(input, mat2)
 
 
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **_: Any) -> Iterator[Product]:
     yield from _matmul(mat1, mat2)
 
 
+def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, **_: Any) -> Iterator[Product]:
+    yield from _matmul(batch1, batch2)
+
+
 def _einsum(equation: Any, *operands: Any) -> Iterator[Product]:
     tensors = operands[0] if len(operands) == 1 and isinstance(operands[0], list) else operands
     if not isinstance(equation, str) or len(tensors) != 2 or "." in equation:
         return
-    left, _, out = equation.replace(" ", "").partition("->")
+    left, arrow, out = equation.replace(" ", "").partition("->")
     labels = left.split(",")
+    if not arrow:  # implied: every label that occurs once
+        out = "".join(c for c in left if left.count(c) == 1)
     for (w, x), (lw, lx) in (
         ((tensors[1], tensors[0]), (labels[1], labels[0])),
         ((tensors[0], tensors[1]), (labels[0], labels[1])),
     ):
         contracted = [c for c in lw if c in lx and c not in out]
         shared = [c for c in lw if c in lx and c in out]
-        if len(contracted) != 1 or len(lw) not in (2, 3) or len(shared) != len(lw) - 2:
-            continue
         rest = [c for c in lx if c not in shared + contracted]
+        batch = len(lw) - 2  # leading labels of the weight: none, or its expert
+        known = batch in (0, 1) and shared == list(lw[:batch]) and len(contracted) == 1
+        if not known or any(c not in out for c in [*rest, *lw] if c not in contracted):
+            continue
         order = [lx.index(c) for c in shared + rest + contracted]
-        start = len(shared)
-
-        def inputs(x: Tensor = x, order: list[int] = order, start: int = start) -> Tensor:
-            moved = x.permute(order)
-            return moved.flatten(start, -2) if moved.ndim > start + 1 else moved.unsqueeze(start)
-
+        inputs = partial(_permuted, x, order, batch if rest else None)
         yield w, inputs, (lw[-1] not in contracted) != _is_transposed_view(w)
 
 
+def _permuted(x: Tensor, order: list[int], start: int | None) -> Tensor:
+    moved = x.permute(order)
+    return moved.unsqueeze(-2) if start is None else moved.flatten(start, -2)
+
+
 def _convolution(
-    input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
-    dilation: Any = 1, groups: int = 1,
+    input: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Iterator[Product]:
     """A convolution of kernel 1 is a linear over channels (stride only drops positions)."""
-    if groups != 1 or any(size != 1 for size in weight.shape[2:]):
+    positions = weight.ndim - 2
+    padded = not isinstance(padding, str) and padding != 0 and any(_each(padding, positions))
+    if groups != 1 or padded or any(size != 1 for size in weight.shape[2:]):
         return
-    steps = [stride] * (weight.ndim - 2) if isinstance(stride, int) else list(stride)
-    keep = (slice(None), slice(None), *(slice(None, None, step) for step in steps))
-    yield weight.flatten(1), lambda: _rows(input[keep].movedim(1, -1)), False
+    keep = (..., *(slice(None, None, step) for step in _each(stride, positions)))
+    yield weight.flatten(1), lambda: _rows(input[keep].movedim(-positions - 1, -1)), False
+
+
+def _each(value: Any, count: int) -> list[int]:
+    """One number per position of a convolution."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * count if len(values) == 1 else values
 
 
 def _is_transposed_view(x: Tensor) -> bool:
@@ -214,12 +246,12 @@ _READERS: dict[Any, Callable[..., Iterator[Product]]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,
-    torch.baddbmm: _addmm,
-    Tensor.baddbmm: _addmm,
-    torch.mm: _matmul,
-    Tensor.mm: _matmul,
-    torch.bmm: _matmul,
-    Tensor.bmm: _matmul,
+    torch.baddbmm: _baddbmm,
+    Tensor.baddbmm: _baddbmm,
+    torch.mm: _mm,
+    Tensor.mm: _mm,
+    torch.bmm: _mm,
+    Tensor.bmm: _mm,
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
