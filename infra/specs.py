@@ -42,6 +42,11 @@ class DataSpec(Frozen):
     selection: str = ""
     report: str = ""
     column: str = Field("text", description="the column of a table that holds the text")
+    cut: Literal["documents", "whole"] = Field(
+        "documents",
+        description="whole: the report text is cut as one, with one BOS, as published for "
+        "WikiText-2",
+    )
 
     def source_of(self, split: Literal["calibration", "selection", "report"]) -> str:
         """Where a split's documents come from."""
@@ -140,6 +145,16 @@ class Spec(Frozen):
     tracking: TrackingSpec = TrackingSpec()
     run: RunSpec = RunSpec()
 
+    @model_validator(mode="after")
+    def _published(self) -> "Spec":
+        if self.search.protocol == "paper" and (
+            self.prune.pause != "block" or self.search.sampler != "grid"
+        ):
+            raise ValueError(
+                "search.protocol='paper' needs prune.pause='block' and search.sampler='grid'"
+            )
+        return self
+
     def identity(self) -> dict[str, Any]:
         """The part that decides results; the rest may change between start and resume."""
         return self.model_dump(exclude={"cluster", "tracking", "run"})
@@ -157,12 +172,17 @@ def load_spec(path: str | Path, overrides: list[str] | None = None) -> Spec:
         raise UserError(f"cannot read spec {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
-    for override in overrides or []:
-        _apply(raw, override)
+    apply_overrides(raw, overrides or [])
     run = raw.setdefault("run", {})
     if isinstance(run, dict) and not run.get("dir"):
         run["dir"] = f"runs/{path.stem}"
     return parse_spec(raw, str(path))
+
+
+def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> None:
+    """Set `section.key=value` in the contents of a spec; raises UserError where it is malformed."""
+    for override in overrides:
+        _apply(raw, override)
 
 
 def parse_spec(raw: dict[str, Any], where: str) -> Spec:

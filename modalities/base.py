@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infra.errors import UserError
 from infra.records import MatrixRecord, ModelRecord, Split
 from infra.specs import CalibrationSpec, DataSpec
 from infra.weights import MappedWeights
@@ -146,10 +145,12 @@ class Modality(ABC):
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU, float32 on a CPU."""
+    """`auto`: bfloat16 where the device multiplies it natively (twice as fast), else float32."""
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        native = device.type != "cpu" or any(
+            torch.cpu.get_capabilities().get(unit) for unit in ("avx512_bf16", "amx_bf16")
+        )
+        return torch.bfloat16 if native else torch.float32
     dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
-        raise UserError(f"model.dtype={name!r} is no dtype")
+    assert isinstance(dtype, torch.dtype)
     return dtype

@@ -168,7 +168,7 @@ def convert(spec: ModelSpec, dtype: torch.dtype) -> Path:
         allow_pickle=spec.allow_pickle,
         trust_remote_code=spec.trust_remote_code,
     )
-    tokenizer_path = fetch(spec.tokenizer) if spec.tokenizer else None
+    tokenizer_path = fetch(spec.tokenizer, "tokenizer") if spec.tokenizer else None
     key = json.dumps([_FORMAT, str(dtype), layout.stamp(), str(tokenizer_path)])
     folder = cache_dir() / "converted" / hashlib.sha256(key.encode()).hexdigest()[:24]
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -54,6 +54,7 @@ def save_checkpoint(
             "block_rates": list(rates),
             "calibration": spec.calibration.model_dump(),
             "data": spec.data.model_dump(),
+            "evaluation": {"context": spec.context, "report_windows": spec.windows},
             "matrices": [matrix.model_dump() for matrix in outcome.matrices],
             "sha256": hashes,
         }

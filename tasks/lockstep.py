@@ -87,7 +87,10 @@ class Run:
     def resume(self, instruction: Any) -> None:
         """Go on until the next pause or the end. What the forward raises is raised here."""
         self.place = None
-        value = self._greenlet.switch(instruction) if self._greenlet else self._greenlet.switch()
+        with torch_state_set_aside():  # of the scheduler: a run begins, and pauses, without any
+            value = (
+                self._greenlet.switch(instruction) if self._greenlet else self._greenlet.switch()
+            )
         if self._greenlet.dead:
             self.result = value
         else:
@@ -95,8 +98,9 @@ class Run:
 
     def close(self) -> None:
         """End the forward where it stands and free what it holds."""
-        self._greenlet.throw(greenlet.GreenletExit)
         self.place = None
+        with torch_state_set_aside():
+            self._greenlet.throw(greenlet.GreenletExit)
 
 
 def pause(place: Any) -> Any:
@@ -160,25 +164,28 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         return [run for run in runs if run.place == AtBlock(index)]
 
     def _waiting(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        name = self.blocks[index][0]
+        name, block = self.blocks[index]
         visitors: WeakSet[greenlet.greenlet] = WeakSet()
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             visitor = greenlet.getcurrent()
             if visitor in visitors:
-                raise UserError(f"{name} is visited twice in one forward: shared blocks cannot be "
-                                "pruned in lockstep")
+                raise UserError(
+                    f"{name} is visited twice in one forward: shared blocks cannot be "
+                    "pruned in lockstep"
+                )
             visitors.add(visitor)
-            leaves = tree_leaves((args, kwargs))
-            _refuse_cache(name, kwargs)
+            _refuse_cache(name, args, kwargs)
             while True:
                 how: Pass = pause(AtBlock(index))
-                versions = _versions(leaves)
+                before = _versions(block, args, kwargs)
                 with how.watch:
                     output = original(*args, **kwargs)
-                if how.again and _versions(leaves) != versions:
-                    raise UserError(f"{name} changes its arguments in place, so it cannot be run "
-                                    "twice: use prune.pause=linear")
+                if how.again and _versions(block, args, kwargs) != before:
+                    raise UserError(
+                        f"{name} changes its arguments in place, so it cannot be run "
+                        "twice: use prune.pause=linear"
+                    )
                 if how.seen is not None:
                     how.seen(output)
                 if not how.again:
@@ -188,11 +195,16 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         return forward
 
 
-def _versions(leaves: Iterable[Any]) -> list[int]:
-    return [x._version for x in leaves if isinstance(x, torch.Tensor) and not x.is_inference()]
+def _versions(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """Changes when a tensor among the arguments or buffers is written to, or a list grows."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    written = [x._version for x in [*tensors, *block.buffers()] if not x.is_inference()]
+    return [*written, *(len(x) for x in (*args, *kwargs.values()) if isinstance(x, list))]
 
 
-def _refuse_cache(name: str, kwargs: dict[str, Any]) -> None:
-    for key, value in kwargs.items():
-        if value is not None and "past" in key and not isinstance(value, bool):
+def _refuse_cache(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = {f"argument {i}": value for i, value in enumerate(args)} | kwargs
+    for key, value in given.items():
+        named = ("past" in key or key == "cache_params") and not isinstance(value, bool | None)
+        if named or any(kind.__name__ == "Cache" for kind in type(value).__mro__):
             raise UserError(f"{name} is given a cache ({key}): run the model with use_cache=False")

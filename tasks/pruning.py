@@ -43,54 +43,50 @@ class ColumnNorms:
 
 def magnitude_mask(weight: Tensor, norms: ColumnNorms, zeros: int) -> Tensor:
     """The `zeros` smallest abs(W) of the whole matrix; ties in the order they are stored."""
-    scores = weight.abs().reshape(1, -1)
-    return smallest(scores, torch.tensor([zeros], device=weight.device)).reshape(weight.shape)
+    return smallest_per_row(weight.float().abs().reshape(1, -1), zeros).reshape(weight.shape)
 
 
 def wanda_mask(weight: Tensor, norms: ColumnNorms, zeros: int) -> Tensor:
-    """The smallest abs(W) * ||X_column|| of every output row (Wanda, arXiv 2306.11695, eq. 1).
-
-    Every row loses zeros // rows weights; the rest goes to the rows whose next score is smallest.
-    """
+    """The smallest abs(W) * ||X_column|| of every output row (Wanda, arXiv 2306.11695, eq. 1)."""
     assert norms.squares is not None
-    scores = weight.abs().float() * norms.squares.sqrt()
-    rows = weight.shape[0]
-    each, rest = divmod(zeros, rows)
-    counts = torch.full((rows,), each, device=weight.device)
-    if rest:
-        following = kth_smallest(scores, each)
-        counts[following.argsort(stable=True)[:rest]] += 1
-    return smallest(scores, counts)
+    return smallest_per_row(weight.float().abs().mul_(norms.squares.sqrt()), zeros)
 
 
-def kth_smallest(scores: Tensor, k: int) -> Tensor:
-    """Value at 0-based index k of each row in ascending order. scores: rows x columns."""
-    if scores.device.type == "cpu":  # numpy's partition is five times faster than kthvalue
-        return torch.from_numpy(np.partition(scores.float().numpy(), k, axis=1)[:, k].copy())
-    return scores.float().kthvalue(k + 1, dim=1).values
+def smallest_per_row(scores: Tensor, zeros: int) -> Tensor:
+    """Mask of exactly `zeros` small scores, spread evenly over the rows. scores: rows x columns.
 
-
-def smallest(scores: Tensor, counts: Tensor) -> Tensor:
-    """Mask of the counts[r] smallest scores of each row r; ties go to earlier columns.
-
-    scores: rows x columns; counts: rows, of at most two neighbouring values.
+    Every row gives its zeros // rows smallest, the earlier column where two are equal; the rest
+    come from the rows whose next score is smallest.
     """
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    for count in counts.unique().tolist():
-        chosen = (counts == count).nonzero().squeeze(1)
-        if count == 0:
-            continue
-        part = scores[chosen].float()
-        threshold = kth_smallest(part, count - 1)[:, None]
-        below = part <= threshold
-        over = (below.sum(1) > count).nonzero().squeeze(1)
-        if len(over):  # ties at the threshold
-            strictly = part[over] < threshold[over]
-            ties = part[over] == threshold[over]
-            room = count - strictly.sum(1, keepdim=True)
-            below[over] = strictly | (ties & (ties.cumsum(1) <= room))
-        mask[chosen] = below
+    rows, columns = scores.shape
+    each, rest = divmod(zeros, rows)
+    last, following = _order_statistics(scores, each)
+    if rest:
+        chosen = following.argsort(stable=True)[:rest]
+        last[chosen] = following[chosen]
+    mask = scores <= last[:, None]
+    if int(mask.sum()) != zeros:  # equal scores at a threshold
+        counts = torch.full((rows,), each, device=scores.device)
+        if rest:
+            counts[chosen] += 1
+        strictly = scores < last[:, None]
+        room = counts - strictly.sum(1)
+        ties = mask & ~strictly
+        mask = strictly | (ties & (ties.cumsum(1) <= room[:, None]))
     return mask
+
+
+def _order_statistics(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k-th smallest of each row and the one after it; -1 and infinity where there is none."""
+    rows, columns = scores.shape
+    nothing = scores.new_full((rows,), -1.0)
+    infinity = scores.new_full((rows,), torch.inf)
+    if scores.device.type == "cpu":  # numpy's partition is five times as fast as kthvalue
+        parts = torch.from_numpy(np.partition(scores.numpy(), min(k, columns - 1), axis=1))
+        last = parts[:, :k].amax(1) if k > 0 else nothing
+        return last, parts[:, k].clone() if k < columns else infinity
+    last = scores.kthvalue(k, dim=1).values if k > 0 else nothing
+    return last, scores.kthvalue(k + 1, dim=1).values if k < columns else infinity
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "magnitude": Method(magnitude_mask, False, lambda out, in_, s: min(int(out * in_ * s) + 1, out * in_)),
+    "magnitude": Method(magnitude_mask, False, lambda out, in_, s: int(out * in_ * s) + 1),
     "wanda": Method(wanda_mask, True, lambda out, in_, s: out * int(in_ * s)),
 }
 

@@ -14,6 +14,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
+from infra.documents import corpus_sha256, documents
 from infra.records import Cost, ModelRecord, TrialResult, TrialSpec
 from infra.specs import ModelSpec
 from tasks.allocation import block_rates, tilt
@@ -21,7 +22,7 @@ from tasks.allocation import block_rates, tilt
 if TYPE_CHECKING:
     import torch
 
-    from modalities.base import Modality
+    from modalities.base import Batch, Modality
 
 _loaded: dict[tuple[ModelSpec, str], Modality] = {}  # at most one: a worker serves one model
 
@@ -38,15 +39,13 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
 
     modality = loaded(spec.model)
     params = modality.record(spec.model.source).block_params()
-    rates = [0.0] * len(params) if spec.stage == "dense" else block_rates(spec.prune, params)
+    rates = block_rates(spec.prune, params)
     calibration = modality.calibration_batches(
         spec.data, spec.calibration, divisor=batch_divisor
     )
     evaluation = modality.evaluation_batches(
         spec.data, spec.split, spec.windows, spec.context, divisor=batch_divisor
     )
-    if spec.stage == "dense":
-        check_against_plain(modality, spec)
     ready = time.perf_counter()
     outcome = sweep(
         modality,
@@ -92,9 +91,22 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     )
 
 
-def describe_model(spec: ModelSpec) -> ModelRecord:
-    """Load a model and say what it is made of."""
-    return loaded(spec).record(spec.source)
+def describe_model(spec: TrialSpec) -> ModelRecord:
+    """Load a trial's model and text, and say what the model is made of.
+
+    Raises UserError where either cannot be used, and RuntimeError where the dense loss of a sweep
+    over two windows differs from a plain loop's in a single bit.
+    """
+    modality = loaded(spec.model)
+    record = modality.record(spec.model.source)
+    modality.calibration_batches(spec.data, spec.calibration)
+    batches = modality.evaluation_batches(spec.data, spec.split, spec.windows, spec.context)
+    losses = _dense_loss(modality, batches[0])
+    splits = ("calibration", "selection", "report")
+    hashes = {split: corpus_sha256(documents(spec.data, split)) for split in splits}
+    return record.model_copy(
+        update={"dense_loss": sum(losses) / len(losses), "data_sha256": hashes}
+    )
 
 
 def loaded(spec: ModelSpec) -> Modality:
@@ -111,28 +123,29 @@ def loaded(spec: ModelSpec) -> Modality:
     return _loaded[key]
 
 
-def check_against_plain(modality: Modality, spec: TrialSpec) -> None:
-    """Compare the sweep's dense loss with a plain loop over the same windows.
-
-    Raises RuntimeError where they differ in a single bit.
-    """
+def _dense_loss(modality: Modality, batch: Batch) -> list[float]:
     import torch
 
     from tasks.sweep import sweep
 
-    batches = modality.evaluation_batches(spec.data, spec.split, 2, spec.context)
-    for index in range(len(modality.blocks)):
+    blocks = range(len(modality.blocks))
+    for index in blocks:
         modality.attach_block(index)
     with torch.no_grad():
-        plain = [loss for batch in batches for loss in modality.losses(batch)]
-    for index in range(len(modality.blocks)):
+        plain = modality.losses(batch)
+    for index in blocks:
         modality.release_block(index)
-    rates = [0.0] * len(modality.blocks)
     swept = sweep(
-        modality, rates, method="magnitude", pause_at="linear", calibration=(), evaluation=batches
-    )
-    if swept.losses != plain:
-        raise RuntimeError(f"lockstep gives a dense loss of {swept.losses}, a plain loop {plain}")
+        modality,
+        [0.0] * len(blocks),
+        method="magnitude",
+        pause_at="linear",
+        calibration=(),
+        evaluation=[batch],
+    ).losses
+    if swept != plain:
+        raise RuntimeError(f"lockstep gives a dense loss of {swept}, a plain loop {plain}")
+    return plain
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -1,0 +1,124 @@
+"""The command line.
+
+    sparseramp search flows/specs/quickstart.toml prune.sparsity=0.7 run.dir=runs/seventy
+
+A spec says what; the few options here say how it is shown. Nothing heavy is imported before the
+spec is read. Exit codes: 0 done, 2 something the user can put right (one line), 130 stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from infra import environment
+from infra.errors import UserError
+
+OVERRIDES = "section.key=value, say prune.sparsity=0.7 run.dir=runs/seventy"
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run one command and exit."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        environment.prepare()
+        environment.guard()
+        options.command(options)
+    except UserError as error:
+        print(f"sparseramp: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "sparseramp: stopped; the same command goes on where it left off", file=sys.stderr
+        )
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _stop(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what runs is being cleaned up
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sparseramp",
+        description="Find how sparse each layer of a network should be, and prove it.",
+        epilog=f"Anything in a spec can be overridden: {OVERRIDES}",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, function: Any, what: str, help: str, overrides: bool = True) -> None:
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(command=function, name=name)
+        if what:
+            command.add_argument(what, metavar=what.upper())
+        if overrides:
+            command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+        command.add_argument("--json", action="store_true", help="output for programs")
+
+    add("search", _search, "spec", "find the best beta, compare it with uniform, save and report")
+    add("prune", _search, "spec", "prune at prune.beta, compare it with uniform, save and report")
+    add("check", _check, "spec", "resolve everything a spec names and say what would run where")
+    add("evaluate", _evaluate, "checkpoint", "measure a saved checkpoint on its report split")
+    add("report", _report, "run", "make the report of a run again from its files", False)
+    add("doctor", _doctor, "", "show versions, devices, memory and the cluster", False)
+    return parser
+
+
+def _search(options: argparse.Namespace) -> None:
+    from infra.specs import load_spec
+
+    spec = load_spec(options.spec, options.overrides)
+    from flows import search
+
+    if options.name == "prune":
+        report = search.prune(spec, as_json=options.json)
+    else:
+        report = search.search(spec, as_json=options.json)
+    _show(report, spec.run.dir, options.json)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from flows.report import write_report
+
+    _show(write_report(Path(options.run)), options.run, options.json)
+
+
+def _show(report: dict[str, Any], run: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({key: report[key] for key in ("dense", "gain", "cost")} | {"run": run}))
+        return
+    from flows.summary import print_summary
+
+    print_summary(report, run)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from infra.specs import load_spec
+
+    spec = load_spec(options.spec, options.overrides)
+    from flows.check import check
+
+    check(spec, as_json=options.json)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from flows.evaluate import evaluate
+
+    evaluate(Path(options.checkpoint), options.overrides, as_json=options.json)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from flows.doctor import show
+
+    show(as_json=options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""What a run does next, as a pure function of what it has finished.
+
+    wave = next_wave(spec, model, results)     # [] when nothing is left
+
+Scouts look for beta on little data; the candidates that a paired test has not ruled out climb to
+rungs with more; the best is then compared with uniform on the report split. Because the answer
+depends on finished results alone, a resumed run proposes what the undisturbed one would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from infra.errors import UserError
+from infra.records import ModelRecord, TrialResult, TrialSpec
+from infra.samplers import propose
+from infra.specs import PruneSpec, Spec
+from tasks.allocation import beta_bounds
+from tasks.statistics import ruled_out
+
+Results = Mapping[int, TrialResult]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A fidelity: how many windows calibrate, and how many select."""
+
+    samples: int
+    windows: int
+
+
+# Shares of the calibration and the selection windows; tests/bench/scouts.py measures what they
+# lose. The published protocol has the last one only.
+LADDER = ((1 / 16, 1 / 8), (1 / 4, 1 / 4), (1.0, 1.0))
+
+
+def ladder(spec: Spec) -> list[Rung]:
+    """The rungs of a spec, cheapest first."""
+    shares = LADDER if spec.search.protocol == "ladder" else LADDER[-1:]
+    samples, windows = spec.calibration.samples, spec.evaluation.selection_windows
+    rungs = [Rung(max(1, round(samples * c)), max(2, round(windows * e))) for c, e in shares]
+    return sorted(set(rungs), key=lambda rung: (rung.samples, rung.windows))
+
+
+def next_wave(spec: Spec, model: ModelRecord, results: Results) -> list[TrialSpec]:
+    """The next trials of a search; results of all earlier waves must be there.
+
+    Raises UserError where every candidate of the first rung failed.
+    """
+    scouts = _scouts(spec, model, results)
+    if scouts:
+        return _numbered(scouts, results)
+    chosen, climbers = _climb(spec, results)
+    if climbers:
+        return _numbered(climbers, results)
+    return final_wave(spec, chosen, results)
+
+
+def final_wave(spec: Spec, beta: float, results: Results) -> list[TrialSpec]:
+    """The comparison of one beta with uniform on the report split; [] when it is done."""
+    if any(result.spec.stage == "final" for result in results.values()):
+        return []
+    wave = []
+    for repeat in range(spec.evaluation.calibration_seeds):
+        calibration = spec.calibration.model_copy(
+            update={"seed": spec.calibration.seed + repeat}
+        )
+        for candidate in dict.fromkeys((0.0, beta)):
+            wave.append(
+                TrialSpec(
+                    number=0,
+                    stage="final",
+                    model=spec.model,
+                    data=spec.data,
+                    calibration=calibration,
+                    prune=_at(spec.prune, candidate),
+                    split="report",
+                    windows=spec.evaluation.report_windows,
+                    context=spec.evaluation.context,
+                    error_curves=repeat == 0,
+                    checkpoint=repeat == 0 and candidate == beta,
+                )
+            )
+    return _numbered(wave, results)
+
+
+def search_trial(spec: Spec, beta: float, rung: int) -> TrialSpec:
+    """One candidate at one fidelity."""
+    fidelity = ladder(spec)[rung]
+    return TrialSpec(
+        number=0,
+        stage="search",
+        rung=rung,
+        model=spec.model,
+        data=spec.data,
+        calibration=spec.calibration.model_copy(update={"samples": fidelity.samples}),
+        prune=_at(spec.prune, beta),
+        split="report" if spec.search.protocol == "paper" else "selection",
+        windows=fidelity.windows,
+        context=spec.evaluation.context,
+    )
+
+
+def token_passes(trial: TrialSpec) -> int:
+    """Tokens times passes over the blocks that a trial will take."""
+    calibration = trial.calibration.samples * trial.calibration.length
+    evaluation = trial.windows * trial.context
+    passes = 2 if trial.prune.pause == "block" else 1
+    return calibration * passes + evaluation * (2 if trial.error_curves else 1)
+
+
+def planned_passes(spec: Spec, results: Results) -> int:
+    """Token passes of the whole run: what is done, and the most that can still come."""
+    done = sum(token_passes(result.spec) for result in results.values())
+    rungs = ladder(spec)
+    tried = [sum(_is(r, rung) for r in results.values()) for rung in range(len(rungs))]
+    most = [spec.search.scouts] + [spec.search.climbers] * (len(rungs) - 1)
+    reached = max((rung for rung, count in enumerate(tried) if count), default=0)
+    left = sum(
+        max(0, most[rung] - tried[rung]) * token_passes(search_trial(spec, 0.0, rung))
+        for rung in range(reached, len(rungs))
+    )
+    finals = sum(map(token_passes, final_wave(spec, 1e-9, {})))
+    finished = any(result.spec.stage == "final" for result in results.values())
+    return done if finished else done + left + finals
+
+
+def _scouts(spec: Spec, model: ModelRecord, results: Results) -> list[TrialSpec]:
+    tried = [result for _, result in sorted(results.items()) if _is(result, 0)]
+    grid = spec.search.sampler == "grid"
+    if any(result.spec.rung > 0 or result.spec.stage == "final" for result in results.values()):
+        return []
+    count = spec.search.wave if grid else min(spec.search.wave, spec.search.scouts - len(tried))
+    if count <= 0:
+        return []
+    low, high = beta_bounds(model.block_params(), spec.prune.sparsity)
+    if low == high:  # a single block, or nothing to prune: there is only uniform
+        return [] if tried else [search_trial(spec, 0.0, 0)]
+    betas = propose(
+        sampler=spec.search.sampler,
+        seed=spec.search.seed,
+        wave=len(tried),
+        count=count,
+        low=low,
+        high=high,
+        history=[(r.beta, r.loss if r.state == "complete" else None) for r in tried],
+    )
+    return [search_trial(spec, beta, 0) for beta in betas]
+
+
+def _climb(spec: Spec, results: Results) -> tuple[float, list[TrialSpec]]:
+    """The best candidate so far, and the trials of the next rung where it has rivals."""
+    reached = max(result.spec.rung for result in results.values())
+    complete = [r for r in results.values() if _is(r, reached) and r.state == "complete"]
+    if not complete:
+        if reached > 0:  # the whole rung failed: what the one below it says still stands
+            below = {n: r for n, r in results.items() if r.spec.rung < reached}
+            return _climb(spec, below)[0], []
+        first = min(results)
+        raise UserError(
+            f"all {len(results)} candidates failed, the first with: {results[first].cause}"
+        )
+    ranked = sorted(complete, key=lambda result: (result.loss, result.spec.number))
+    best = ranked[0]
+    rivals = [r for r in ranked if r is best or not ruled_out(r.losses, best.losses)]
+    finals = any(result.spec.stage == "final" for result in results.values())
+    if finals or len(rivals) < 2 or reached + 1 >= len(ladder(spec)):
+        return best.beta, []
+    climbers = rivals[: spec.search.climbers]
+    return best.beta, [search_trial(spec, r.beta, reached + 1) for r in climbers]
+
+
+def _is(result: TrialResult, rung: int) -> bool:
+    return result.spec.stage == "search" and result.spec.rung == rung
+
+
+def _at(prune: PruneSpec, beta: float) -> PruneSpec:
+    return prune.model_copy(update={"beta": beta})
+
+
+def _numbered(wave: list[TrialSpec], results: Results) -> list[TrialSpec]:
+    fields: list[dict[str, Any]] = [{"number": len(results) + i} for i in range(len(wave))]
+    return [t.model_copy(update=f) for t, f in zip(wave, fields, strict=True)]

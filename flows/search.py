@@ -1,0 +1,164 @@
+"""The search: find the common difference of one model, prove it, save it, report it.
+
+    report = search(load_spec("flows/specs/quickstart.toml"))
+
+Start and resume are the same call. Files are the truth: a wave is written down before its first
+trial starts, a result the moment it returns; Optuna and MLflow get copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flows.live import View, live, trial_event
+from flows.plan import final_wave, next_wave, planned_passes, search_trial, token_passes
+from flows.report import Report, write_report
+from infra import tracking
+from infra.cluster import Cluster, connect
+from infra.records import ModelRecord, TrialResult, TrialSpec
+from infra.samplers import StudyMirror
+from infra.sources import pinned
+from infra.specs import Spec
+from infra.store import RunStore, write_atomic
+from tasks.allocation import beta_bounds, block_rates
+from tasks.model_card import model_card
+from tasks.pruning import method_named
+from tasks.trial import describe_model, run_trial
+
+Planner = Callable[[Spec, ModelRecord, dict[int, TrialResult]], list[TrialSpec]]
+
+
+def search(spec: Spec, *, as_json: bool = False) -> Report:
+    """Search beta, compare the best with uniform on the report split, save it and report.
+
+    Raises UserError for everything the user can put right; what was finished stays finished.
+    """
+    return _run(spec, next_wave, as_json)
+
+
+def prune(spec: Spec, *, as_json: bool = False) -> Report:
+    """Prune at `prune.beta`, compare with uniform on the report split, save and report."""
+    return _run(spec, lambda s, model, results: final_wave(s, s.prune.beta, results), as_json)
+
+
+def _run(spec: Spec, plan: Planner, as_json: bool) -> Report:
+    method_named(spec.prune.method)
+    with (
+        RunStore.open(spec) as store,
+        live(spec, planned_passes(spec, store.results()), as_json=as_json) as view,
+        connect(spec.cluster) as cluster,
+    ):
+        tracking.start(store.dir, spec.tracking)
+        run = _Run(store, cluster, view)
+        try:
+            report = run.go(plan)
+        except BaseException as error:
+            run.tell("stopped", cause=type(error).__name__)
+            raise
+        finally:
+            if run.studies is not None:
+                run.studies.close()
+        run.tell("finished", report=str(store.path("report.html")))
+    return report
+
+
+class _Run:
+    """One driver's view of a run: its files, its cluster, and who is told."""
+
+    def __init__(self, store: RunStore, cluster: Cluster, view: View) -> None:
+        self.store, self.cluster, self.view = store, cluster, view
+        self.spec = store.spec
+        self.results = store.results()
+        self.studies: StudyMirror | None = None
+
+    def go(self, plan: Planner) -> Report:
+        """Wave after wave until the plan is empty, then the checkpoint and the report."""
+        done = sum(token_passes(result.spec) for result in self.results.values())
+        self.tell("started", done=done, cluster=self.cluster.describe())
+        self.spec = self._pinned()
+        model = self.store.model() or self._describe()
+        bounds = beta_bounds(model.block_params(), self.spec.prune.sparsity)
+        block_rates(self.spec.prune, model.block_params())  # an infeasible beta is refused here
+        self.studies = StudyMirror(self.store.dir, self.store.id, self.spec.search.storage, *bounds)
+        self.studies.rebuild(self.results.values())
+        # The dtype that `auto` meant on the first worker holds for all of them.
+        model_spec = self.spec.model.model_copy(update={"dtype": model.dtype})
+        self.spec = self.spec.model_copy(update={"model": model_spec})
+        for wave in self.store.waves():
+            self._finish(wave)
+        while wave := plan(self.spec, model, self.results):
+            self.store.write_wave(len(self.store.waves()), wave)
+            self._finish(wave)
+        self._publish()
+        self.tell("report")
+        report = write_report(self.store.dir)
+        write_atomic(self.store.path("best/README.md"), model_card(report).encode())
+        return report
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Into events.jsonl and to whoever watches."""
+        self.store.event(kind, **fields)
+        self.view.event({"kind": kind, **fields})
+
+    def _pinned(self) -> Spec:
+        """The spec with the revision of every source that its first trial read."""
+        if waves := self.store.waves():
+            first = waves[0][0]
+            return self.spec.model_copy(update={"model": first.model, "data": first.data})
+        model, data = self.spec.model, self.spec.data
+        model = model.model_copy(
+            update={
+                "source": pinned(model.source, allow_pickle=model.allow_pickle),
+                "tokenizer": model.tokenizer and pinned(model.tokenizer, "tokenizer"),
+            }
+        )
+        sources = {
+            split: pinned(data.source_of(split), "dataset")
+            for split in ("calibration", "selection", "report")
+        }
+        data = data.model_copy(update={"source": "", **sources})
+        return self.spec.model_copy(update={"model": model, "data": data})
+
+    def _describe(self) -> ModelRecord:
+        probe = search_trial(self.spec, 0.0, 0)
+        model = self.cluster.call(describe_model, probe)
+        self.store.write_model(model)
+        self.store.event("data", **model.data_sha256)
+        self.tell(
+            "model",
+            architecture=model.architecture,
+            blocks=len(model.blocks),
+            matrices=len(model.matrices),
+            dense_loss=model.dense_loss,
+        )
+        return model
+
+    def _finish(self, wave: list[TrialSpec]) -> None:
+        missing = [trial for trial in wave if trial.number not in self.results]
+        if not missing:
+            return
+        kind = "final" if wave[0].stage == "final" else "climb" if wave[0].rung else "wave"
+        planned = planned_passes(self.spec, self.results)
+        betas = [trial.prune.beta for trial in wave]
+        self.tell(kind, rung=wave[0].rung, betas=betas, planned=planned)
+        for result in self.cluster.run(run_trial, missing):
+            self.store.write_result(result)
+            self.results[result.spec.number] = result
+            if self.studies is not None:
+                self.studies.record(result)
+            event = trial_event(result)
+            self.tell(event.pop("kind"), **event)
+        self.results = dict(sorted(self.results.items()))
+
+    def _publish(self) -> None:
+        """Bring the best checkpoint into the run directory, once."""
+        best = self.store.path("best")
+        saved = next(r for r in self.results.values() if r.spec.checkpoint)
+        if best.exists() or saved.state == "failed":
+            return
+        try:
+            self.cluster.fetch(saved, best)
+        except FileNotFoundError:  # its node is gone, or the folder was cleaned up: make it again
+            (again,) = self.cluster.run(run_trial, [saved.spec])
+            self.cluster.fetch(again, best)
