@@ -26,7 +26,11 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
+)
+from torch.utils._python_dispatch import (
     _pop_mode as _pop_dispatch_mode,
+)
+from torch.utils._python_dispatch import (
     _push_mode as _push_dispatch_mode,
 )
 from torch.utils._pytree import tree_leaves
