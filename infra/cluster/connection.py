@@ -23,7 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from infra import environment
 from infra.cluster.dispatch import BACKOFF_S, MAX_LOST, dispatch
-from infra.cluster.pool import Pool
+from infra.cluster.pool import Pool, nodes
 from infra.cluster.resources import Share, check_address
 from infra.cluster.transfer import fetch
 from infra.cluster.worker import TrialFunction, first_line
@@ -68,7 +68,10 @@ def connect(spec: ClusterSpec) -> Iterator["Cluster"]:
             with _own_signal_handlers():
                 ray.init(logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"cannot use Ray at {address}: {first_line(error)}") from error
+            reason = first_line(error)
+            if "AuthenticationError" in str(error.__cause__):
+                reason = "it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+            raise UserError(f"cannot use Ray at {address}: {reason}") from error
         cluster = Cluster(spec, address)
         try:
             yield cluster
@@ -81,7 +84,7 @@ def connect(spec: ClusterSpec) -> Iterator["Cluster"]:
 
 
 class Cluster:
-    """A cluster, and this driver's workers on it."""
+    """A cluster, and this driver's workers on it, which keep their CPUs and GPUs between trials."""
 
     def __init__(self, spec: ClusterSpec, address: str) -> None:
         self._address = address
@@ -100,13 +103,13 @@ class Cluster:
 
     def describe(self) -> dict[str, Any]:
         """Nodes and what is on them, and how trials are placed there."""
-        nodes = self._pool.nodes()
+        alive = nodes()
         return {
             "address": self._address,
-            "nodes": [node.model_dump() for node in nodes],
-            "cpus": sum(node.cpus for node in nodes),
-            "gpus": sum(node.gpus for node in nodes),
-            "memory_bytes": sum(node.memory_bytes for node in nodes),
+            "nodes": [node.model_dump() for node in alive],
+            "cpus": sum(node.cpus for node in alive),
+            "gpus": sum(node.gpus for node in alive),
+            "memory_bytes": sum(node.memory_bytes for node in alive),
             "parallel": self.parallel,
             "cpus_per_trial": self.share.cpus,
             "gpus_per_trial": self.share.gpus,

@@ -39,11 +39,26 @@ class Slot:
     busy: bool = False
 
 
+def nodes() -> list[Node]:
+    """The nodes that are alive."""
+    return [
+        Node(
+            node=node["NodeID"],
+            host=node["NodeManagerHostname"],
+            cpus=node["Resources"].get("CPU", 0),
+            gpus=node["Resources"].get("GPU", 0),
+            memory_bytes=int(node["Resources"].get("memory", 0)),
+        )
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+    ]
+
+
 class Pool:
     """The workers, and how many of them there may be."""
 
     def __init__(self, spec: ClusterSpec) -> None:
-        self.share: Share = decide_share(spec, self.nodes())
+        self.share: Share = decide_share(spec, nodes())
         self.slots: list[Slot] = []
         self._parallel = spec.parallel
         self._failed_starts = 0
@@ -51,21 +66,7 @@ class Pool:
     @property
     def parallel(self) -> int:
         """As many as asked for, else as the nodes that are there now hold."""
-        return self._parallel or max(1, capacity(self.share, self.nodes()))
-
-    def nodes(self) -> list[Node]:
-        """The nodes that are alive."""
-        return [
-            Node(
-                node=node["NodeID"],
-                host=node["NodeManagerHostname"],
-                cpus=node["Resources"].get("CPU", 0),
-                gpus=node["Resources"].get("GPU", 0),
-                memory_bytes=int(node["Resources"].get("memory", 0)),
-            )
-            for node in ray.nodes()  # type: ignore[no-untyped-call]
-            if node["Alive"]
-        ]
+        return self._parallel or max(1, capacity(self.share, nodes()))
 
     def idle(self) -> list[Slot]:
         """Workers that a trial can be sent to."""

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from infra.cluster.pool import nodes
 from infra.cluster.worker import first_line, read_chunk, remove_folder
 from infra.records import TrialResult
 from infra.sources import sha256_of
@@ -23,13 +24,14 @@ def fetch(result: TrialResult, destination: Path) -> None:
     partial = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    here = result.node == ray.get_runtime_context().get_node_id() and source.is_dir()
+    own = ray.get_runtime_context().get_node_id()
+    node = _node_now(result, own)
     try:
-        if here:
+        if node == own:
             shutil.move(source, partial)
             hashes = {name: sha256_of(partial / name) for name in result.checkpoint_sha256}
         else:
-            hashes = _pull(result, partial)
+            hashes = _pull(result, node, partial)
     except (RayError, FileNotFoundError) as error:
         reason = first_line(getattr(error, "cause", error))
         raise FileNotFoundError(f"{source} on {result.host} is out of reach: {reason}") from error
@@ -42,13 +44,22 @@ def fetch(result: TrialResult, destination: Path) -> None:
         destination.rename(replaced)
     partial.rename(destination)
     shutil.rmtree(replaced, ignore_errors=True)
-    if not here:
-        ray.get(_on_node(result.node, remove_folder).remote(result.checkpoint))
+    if node != own:
+        ray.get(_on_node(node, remove_folder).remote(result.checkpoint))
 
 
-def _pull(result: TrialResult, folder: Path) -> dict[str, str]:
+def _node_now(result: TrialResult, own: str) -> str:
+    """The node that holds the checkpoint; it has another id when Ray was started again there."""
+    hosts = {node.node: node.host for node in nodes()}
+    if result.node in hosts:
+        return result.node
+    same = [node for node, host in hosts.items() if host == result.host]
+    return own if own in same else (same or [result.node])[0]
+
+
+def _pull(result: TrialResult, node: str, folder: Path) -> dict[str, str]:
     """Copy the files of a checkpoint from its node; returns the SHA-256 of what arrived."""
-    read = _on_node(result.node, read_chunk)
+    read = _on_node(node, read_chunk)
     hashes = {}
     for name in result.checkpoint_sha256:
         digest, offset = hashlib.sha256(), 0

@@ -4,9 +4,12 @@ python -m pytest tests/infra/test_cluster.py
 """
 
 import hashlib
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +20,7 @@ import pytest
 from ray.cluster_utils import Cluster as RayNodes
 
 from infra.cluster import Cluster, connect
+from infra.environment import CHECKOUT
 from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
 from infra.specs import CalibrationSpec, ClusterSpec, DataSpec, ModelSpec, PruneSpec
@@ -213,8 +217,65 @@ def test_fetch_refuses_what_is_damaged_or_gone(cluster: Cluster, tmp_path: Path)
     with pytest.raises(FileNotFoundError, match="out of reach"):
         cluster.fetch(made.model_copy(update={"checkpoint": str(tmp_path / "none")}), best)
     with pytest.raises(FileNotFoundError, match="out of reach"):
-        cluster.fetch(made.model_copy(update={"node": "0" * 56}), best)
+        cluster.fetch(made.model_copy(update={"node": "0" * 56, "host": "elsewhere"}), best)
     assert best.is_dir()
+
+
+def test_fetch_after_ray_was_started_again(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "outbox").mkdir()
+    (tmp_path / "outbox" / "config.json").write_text("{}")
+    made = TrialResult(
+        spec=trial(0, "ok"),
+        state="complete",
+        node="0" * 56,
+        host=socket.gethostname(),
+        checkpoint=str(tmp_path / "outbox"),
+        checkpoint_sha256={"config.json": hashlib.sha256(b"{}").hexdigest()},
+    )
+    cluster.fetch(made, tmp_path / "best")
+    assert (tmp_path / "best" / "config.json").read_text() == "{}"
+
+
+@pytest.mark.slow
+def test_code_is_shipped_to_an_existing_cluster(
+    address: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    """A driver elsewhere; the worker's `infra` is what the driver sent."""
+    cluster.stop_workers()  # idle ones keep their CPUs
+    code = f"""
+import sys
+sys.path.insert(0, {str(CHECKOUT)!r})
+from infra.cluster import connect
+from infra.specs import ClusterSpec
+def where():
+    import infra.errors
+    return infra.errors.__file__
+with connect(ClusterSpec()) as cluster:
+    print(cluster.call(where))
+"""
+    assert "py_modules_files" in subdriver(["-c", code], address, tmp_path)
+
+
+@pytest.mark.slow
+def test_doctor_describes_the_cluster(address: str) -> None:
+    found = json.loads(subdriver(["-m", "flows.cli", "doctor", "--json"], address, CHECKOUT))
+    assert [node["cpus"] for node in found["cluster"]["nodes"]] == [1, 1]
+    assert found["cluster"]["parallel"] == 2
+
+
+def subdriver(arguments: list[str], address: str, folder: Path) -> str:
+    """What a driver of its own prints, with RAY_ADDRESS set."""
+    environment = os.environ | {"RAY_ADDRESS": address}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_a_port_without_ray_is_refused_soon() -> None:
