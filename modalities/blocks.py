@@ -44,8 +44,8 @@ class _Call:
 def find_blocks(model: nn.Module, forward: Callable[[], Any]) -> list[Block]:
     """Run `forward` twice and find every block with its matrices.
 
-    Raises UserError where there are no blocks, or where more than 1 % of a block's matrix
-    weights take part in no product that is known.
+    Raises UserError where there are no blocks, where one is visited twice or shares a matrix with
+    another one, and where more than 1 % of a block's matrix weights take part in no known product.
     """
     names = _block_names(model, forward)
     if not names:
@@ -58,15 +58,28 @@ def find_blocks(model: nn.Module, forward: Callable[[], Any]) -> list[Block]:
         for name in names:
             block = model.get_submodule(name)
             recorders[name] = ProductRecorder(block)
-            stack.enter_context(_watched(block, recorders[name]))
+            stack.enter_context(_Watched(block, recorders[name]))
         forward()
     blocks = [_block(name, model.get_submodule(name), recorders[name].found) for name in names]
     if not any(block.matrices for block in blocks):
         raise UserError(f"no matrix products were seen in the blocks of {type(model).__name__}")
+    _refuse_shared(blocks)
     return blocks
 
 
-class _watched:
+def _refuse_shared(blocks: list[Block]) -> None:
+    owners: dict[int, Block] = {}
+    for block in blocks:
+        for matrix in block.matrices:
+            owner = owners.setdefault(matrix.stored().data_ptr(), block)
+            if owner is not block:
+                raise UserError(
+                    f"{block.name}.{matrix.name} is shared with {owner.name}: a matrix of several "
+                    "blocks cannot be pruned at the rate of one"
+                )
+
+
+class _Watched:
     """Runs a block's forward under a mode, while it is entered."""
 
     def __init__(self, block: nn.Module, mode: ProductRecorder) -> None:
@@ -80,13 +93,13 @@ class _watched:
             with self.mode:
                 return original(*args, **kwargs)
 
-        self.block.forward = forward  # type: ignore[method-assign]
+        self.block.forward = forward
 
     def __exit__(self, *_: object) -> None:
         if self.before is None:
             del self.block.forward
         else:
-            self.block.forward = self.before  # type: ignore[method-assign]
+            self.block.forward = self.before
 
 
 def _block_names(model: nn.Module, forward: Callable[[], Any]) -> list[str]:
@@ -110,12 +123,24 @@ def _block_names(model: nn.Module, forward: Callable[[], Any]) -> list[str]:
             handle.remove()
     ended = {name: i for i, name in enumerate(order)}
     found: list[str] = []
-    for name, names in lists.items():
-        if any(name.startswith(f"{block}.") for block in found):
-            continue  # inside a block: its experts, its layers
-        called = [child for child in names if child in calls]
-        if _are_blocks(model, called, calls, ended):
-            found += called
+    kinds: set[type[nn.Module]] = set()
+    for alone in (False, True):  # a stage of one block is known by what it shares with the others
+        for name, names in lists.items():
+            if any(f"{name}.".startswith(f"{block}.") for block in found):
+                continue  # inside a block: its experts, its layers
+            called = [child for child in names if child in calls and child not in found]
+            if alone:
+                called = called if len(called) == 1 else []
+                found += [child for child in called if type(model.get_submodule(child)) in kinds]
+            elif _are_blocks(model, called, calls, ended):
+                found += called
+                kinds |= {type(model.get_submodule(child)) for child in called}
+    for name in found:
+        if len(calls[name]) > 1:
+            raise UserError(
+                f"{name} is visited {len(calls[name])} times in one forward: shared blocks cannot "
+                "be pruned in lockstep"
+            )
     return sorted(found, key=ended.__getitem__)
 
 
@@ -153,7 +178,7 @@ def _are_blocks(
 
 
 def _block(name: str, module: nn.Module, found: dict[str, Found]) -> Block:
-    found = found | {f.parameter: f for f in _siblings(module, found)}
+    found = _with_siblings(module, found)
     routers = _routers(module, found)
     used = [f for f in found.values() if f.parameter not in routers]
     matrices = tuple(_matrices(module, used))
@@ -172,37 +197,67 @@ def _block(name: str, module: nn.Module, found: dict[str, Found]) -> Block:
     return Block(name, module, matrices, tuple(unseen))
 
 
-def _siblings(module: nn.Module, found: dict[str, Found]) -> Iterator[Found]:
-    """What an expert that saw no token multiplies: the same as its siblings in the list."""
+def _with_siblings(module: nn.Module, found: dict[str, Found]) -> dict[str, Found]:
+    """Adds what an expert that saw no token multiplies: the same as its siblings in the list.
+
+    It takes the place that its number gives it, because that is when another batch will call it.
+    """
+    complete = dict(found)
     for name, child in module.named_modules():
         if not isinstance(child, nn.ModuleList):
             continue
-        seen: dict[str, Found] = {}
-        for parameter, f in found.items():
-            if parameter.startswith(f"{name}."):
-                seen.setdefault(parameter.removeprefix(f"{name}.").partition(".")[2], f)
+        experts: dict[str, dict[str, Found]] = {index: {} for index, _ in child.named_children()}
+        for parameter, f in complete.items():
+            index, _, rest = parameter.removeprefix(f"{name}.").partition(".")
+            if parameter.startswith(f"{name}.") and index in experts:
+                experts[index][rest] = f
+        if all(experts.values()) or not any(experts.values()):
+            continue
+        model = next(seen for seen in experts.values() if seen)
         for index, sibling in child.named_children():
             own = dict(sibling.named_parameters())
-            for rest, f in seen.items():
-                parameter = f"{name}.{index}.{rest}"
-                if rest in own and parameter not in found:
-                    yield Found(parameter, f.fused, f.transposed)
+            experts[index] = experts[index] or {
+                rest: Found(f"{name}.{index}.{rest}", f.fused, f.transposed)
+                for rest, f in model.items()
+                if rest in own
+            }
+        members = {f.parameter: f for seen in experts.values() for f in seen.values()}
+        first = next(i for i, parameter in enumerate(complete) if parameter in members)
+        others = [(p, f) for p, f in complete.items() if p not in members]
+        complete = dict([*others[:first], *members.items(), *others[first:]])
+    return complete
 
 
 def _routers(module: nn.Module, found: dict[str, Found]) -> set[str]:
-    """Matrices that score experts or gate a whole path: as many outputs as experts, or one."""
-    experts = {module.get_parameter(f.parameter).shape[0] for f in found.values() if f.fused}
-    experts |= {
-        len(child)
+    """Matrices that score experts, or gate a whole path.
+
+    They stand beside the experts and have as many outputs, or are called router or gate there (some
+    route to more than there are experts); a gate of a whole path has one output.
+    """
+    mixtures = {
+        (f.parameter.rpartition(".")[0], module.get_parameter(f.parameter).shape[0])
+        for f in found.values()
+        if f.fused
+    } | {
+        (name, len(child))
         for name, child in module.named_modules()
         if isinstance(child, nn.ModuleList) and any(p.startswith(f"{name}.") for p in found)
     }
-    return {
-        f.parameter
-        for f in found.values()
-        if not f.fused
-        and module.get_parameter(f.parameter).shape[-1 if f.transposed else 0] in experts | {1}
-    }
+    single = {p: _outputs(module, f) for p, f in found.items() if not f.fused}
+    routers = {parameter for parameter, outputs in single.items() if outputs == 1}
+    for where, experts in mixtures:
+        place = where.rpartition(".")[0]
+        prefix = f"{place}." if place else ""
+        for parameter, outputs in single.items():
+            beside = parameter.startswith(prefix) and not parameter.startswith(f"{where}.")
+            called = parameter.removeprefix(prefix).partition(".")[0] in ("router", "gate")
+            if beside and (called or outputs == experts):
+                routers.add(parameter)
+    return routers
+
+
+def _outputs(module: nn.Module, f: Found) -> int:
+    return module.get_parameter(f.parameter).shape[-1 if f.transposed else 0]
 
 
 def _matrices(module: nn.Module, used: list[Found]) -> Iterator[Matrix]:

@@ -92,7 +92,7 @@ class ProductWatcher(TorchFunctionMode):
     ) -> Iterator[tuple[Tensor, Callable[[], Tensor]]]:
         if weight.ndim == 3 and weight.data_ptr() in self._fused:
             for expert in range(weight.shape[0]):
-                yield weight[expert], lambda e=expert: inputs()[e]
+                yield weight[expert], partial(lambda e: inputs()[e], expert)
         else:
             yield weight, inputs
 
@@ -228,7 +228,7 @@ def _convolution(
     padded = not isinstance(padding, str) and padding != 0 and any(_each(padding, positions))
     if groups != 1 or padded or any(size != 1 for size in weight.shape[2:]):
         return
-    keep = (..., *(slice(None, None, step) for step in _each(stride, positions)))
+    keep: tuple[Any, ...] = (..., *(slice(None, None, step) for step in _each(stride, positions)))
     yield weight.flatten(1), lambda: _rows(input[keep].movedim(-positions - 1, -1)), False
 
 

@@ -139,10 +139,10 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         for index, (_, block) in enumerate(self.blocks):
             # accelerate keeps its dispatch hook in __dict__: put back exactly what was there.
             self._before.append(block.__dict__.get("forward"))
-            block.forward = self._waiting(index, block.forward)  # type: ignore[method-assign]
+            block.forward = self._waiting(index, block.forward)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for run in self._runs:
             if run.place is not None:
                 run.close()
@@ -150,7 +150,7 @@ class Lockstep(AbstractContextManager["Lockstep"]):
             if before is None:
                 del block.forward
             else:
-                block.forward = before  # type: ignore[method-assign]
+                block.forward = before
 
     def start(self, function: Callable[[], Any]) -> Run:
         """Run a forward up to its first block."""
