@@ -9,6 +9,7 @@ equals the published (L + 1) / 2 where blocks are of one size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from infra.errors import UserError, nearest
@@ -47,12 +48,14 @@ def arithmetic_rates(params: Sequence[int], sparsity: float, beta: float) -> lis
     """
     c = centre(params)
     rates = [sparsity + beta * (i - c) for i in range(1, len(params) + 1)]
-    if min(rates) < 0 or max(rates) >= 1:
+    if not all(0 <= rate < 1 for rate in rates):
         low, high = beta_bounds(params, sparsity)
-        limit = f"at most {high:.5f}" if beta > 0 else f"at least {low:.5f}"
+        too, limit = ("large", "at most ") if beta > 0 else ("small", "at least -")
+        bound = high if beta > 0 else -low
+        steps = max(0, math.ceil(bound * 1e5 - 1e-6) - 1)  # the bound itself is excluded
         raise UserError(
-            f"beta={beta:g} is too {'large' if beta > 0 else 'small'} for {len(params)} blocks "
-            f"at sparsity {sparsity:g}: {limit}"
+            f"beta={beta:g} is too {too} for {len(params)} blocks at sparsity {sparsity:g}: "
+            f"{limit}{steps / 1e5:.5f}"
         )
     return rates
 
@@ -86,7 +89,8 @@ def zeros_per_matrix(rates: Sequence[float], params: Sequence[int]) -> list[int]
     counts, carry = [], 0.0
     for rate, size in zip(rates, params, strict=True):
         exact = rate * size + carry
-        count = min(size, max(0, round(exact)))
+        # A half goes up, also where the sum of another allocation comes out a little below it.
+        count = min(size, max(0, math.floor(exact + 0.5 + 1e-6)))
         carry = exact - count
         counts.append(count)
     return counts
