@@ -185,7 +185,9 @@ def _block(name: str, module: nn.Module, found: dict[str, Found]) -> Block:
     unseen = {
         parameter: tensor.numel()
         for parameter, tensor in module.named_parameters()
-        if tensor.ndim >= 2 and parameter not in found and not _is_no_matrix(module, parameter)
+        if tensor.ndim >= 2
+        and parameter not in found.keys() | routers  # a router is often cast before its product
+        and not _is_no_matrix(module, parameter)
     }
     total = sum(unseen.values()) + sum(matrix.params for matrix in matrices)
     if sum(unseen.values()) > _MAX_UNSEEN * total:
@@ -243,21 +245,21 @@ def _routers(module: nn.Module, found: dict[str, Found]) -> set[str]:
         for name, child in module.named_modules()
         if isinstance(child, nn.ModuleList) and any(p.startswith(f"{name}.") for p in found)
     }
-    single = {p: _outputs(module, f) for p, f in found.items() if not f.fused}
-    routers = {parameter for parameter, outputs in single.items() if outputs == 1}
+    single = {
+        name: parameter.shape[-1 if name in found and found[name].transposed else 0]
+        for name, parameter in module.named_parameters()
+        if parameter.ndim == 2 and not (name in found and found[name].fused)
+    }
+    routers = {name for name, outputs in single.items() if outputs == 1 and name in found}
     for where, experts in mixtures:
         place = where.rpartition(".")[0]
         prefix = f"{place}." if place else ""
-        for parameter, outputs in single.items():
-            beside = parameter.startswith(prefix) and not parameter.startswith(f"{where}.")
-            called = parameter.removeprefix(prefix).partition(".")[0] in ("router", "gate")
+        for name, outputs in single.items():
+            beside = name.startswith(prefix) and not name.startswith(f"{where}.")
+            called = name.removeprefix(prefix).partition(".")[0] in ("router", "gate")
             if beside and (called or outputs == experts):
-                routers.add(parameter)
+                routers.add(name)
     return routers
-
-
-def _outputs(module: nn.Module, f: Found) -> int:
-    return module.get_parameter(f.parameter).shape[-1 if f.transposed else 0]
 
 
 def _matrices(module: nn.Module, used: list[Found]) -> Iterator[Matrix]:

@@ -1,14 +1,19 @@
-"""Tiny random models of many families, and checkpoints of them, for the tests of the core.
+"""Tiny random models of many families, checkpoints of them and text, for the tests of the core.
 
-from tests.models import FAMILIES, build, write_checkpoint
-write_checkpoint("llama", tmp_path / "llama")
+modality = LanguageModality.load(ModelSpec(source=str(write_checkpoint("llama", folder))), cpu)
+batches = modality.calibration_batches(write_text(file), CalibrationSpec(samples=4, length=16))
 """
 
+import random
+from pathlib import Path
 from typing import Any
 
 import torch
 
-VOCAB = 256
+from infra.specs import DataSpec
+
+VOCAB = 260  # every byte, BOS, and some to spare
+BOS = 256
 CONTEXT = 128
 LAYERS = 3
 
@@ -19,9 +24,10 @@ _BASE = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "max_position_embeddings": CONTEXT,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
+    "bos_token_id": BOS,
+    "eos_token_id": BOS,
     "pad_token_id": None,
+    "initializer_range": 0.1,  # so that pruning is felt
 }
 _GQA = _BASE | {"num_key_value_heads": 2}
 _MOE = _GQA | {"head_dim": 8, "num_experts_per_tok": 2}
@@ -136,3 +142,37 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> Any:
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model.eval()
+
+
+def tokenizer(*, bos: bool = True) -> Any:
+    """One token per byte; texts begin with BOS where `bos` says so."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)} | {"<s>": BOS}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    if bos:
+        made.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", BOS)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
+
+
+def write_checkpoint(
+    family: str, folder: Path, *, dtype: torch.dtype = torch.float32, bos: bool = True
+) -> Path:
+    """A checkpoint as a user has it."""
+    build(family, dtype).save_pretrained(folder)
+    tokenizer(bos=bos).save_pretrained(folder)
+    return folder
+
+
+def write_text(file: Path, paragraphs: int = 160) -> DataSpec:
+    """Paragraphs of words, some of them not ASCII, dealt out to the three splits."""
+    chance = random.Random(0)
+    words = ["model", "weight", "größe", "δ", "and", "of", "pruned", "数", "layer", "🙂", "depth"]
+    texts = [" ".join(chance.choices(words, k=12)) for _ in range(paragraphs)]
+    file.write_text("\n\n".join(texts), encoding="utf-8")
+    return DataSpec(source=str(file))
