@@ -110,13 +110,23 @@ class _Sweep:
             outcome.losses = [loss for run in evaluating for loss in run.result]
             outcome.dense_losses = [loss for run in riding for loss in run.result]
             modality.check_untouched(None)
-            if not all(map(math.isfinite, outcome.losses)):
-                raise RuntimeError(f"the loss is {outcome.losses[0]:g}: the pruned model overflows")
+            self._check(len(modality.matrices()))
             self._touched.clear()  # what is kept stays as it is
         passes = 2 if self.pause_at == "block" else 1
         outcome.token_passes = sum(b.tokens for b in calibration) * passes
         outcome.token_passes += sum(b.tokens for b in evaluation) * (2 if dense else 1)
         return outcome
+
+    def _check(self, planned: int) -> None:
+        """What a sweep must have given; every matrix was counted when it was pruned."""
+        for kind, losses in (
+            ("dense" if not self.pruning else "pruned", self.outcome.losses),
+            ("dense", self.outcome.dense_losses),
+        ):
+            if wrong := [loss for loss in losses if not math.isfinite(loss)]:
+                raise RuntimeError(f"the loss is {wrong[0]:g}: the {kind} model overflows")
+        if self.pruning and len(self.outcome.matrices) != planned:
+            raise RuntimeError(f"{len(self.outcome.matrices)} of {planned} matrices were reached")
 
     def _restore(self) -> None:
         """After a failure too: the next sweep finds the dense model."""
@@ -198,14 +208,16 @@ class _Sweep:
                 run.close()
 
     def _prune(self, matrix: Matrix, record: MatrixRecord, norms: ColumnNorms) -> None:
-        weight = matrix.weight()
+        weight, name = matrix.weight(), f"{self.modality.blocks[record.block].name}.{matrix.name}"
+        if not torch.isfinite(weight.sum(dtype=torch.float32)):
+            raise RuntimeError(f"{name} holds NaN or infinity")
+        if norms.squares is not None and not torch.isfinite(norms.squares.sum()):
+            raise RuntimeError(f"the inputs of {name} hold NaN or infinity")
         if not prune_in_place(weight, norms, method=self.method, zeros=record.zeros):
-            self.outcome.fallbacks.append(f"{self.modality.blocks[record.block].name}.{matrix.name}")
+            self.outcome.fallbacks.append(name)
         zeros = int(weight.numel() - weight.count_nonzero())
         if zeros < record.zeros:
-            raise RuntimeError(f"{matrix.name}: {zeros} zeros instead of {record.zeros}")
-        if not torch.isfinite(weight.sum(dtype=torch.float32)):
-            raise RuntimeError(f"{matrix.name} holds NaN or infinity")
+            raise RuntimeError(f"{name}: {zeros} zeros instead of {record.zeros}")
         self.outcome.matrices.append(record.model_copy(update={"zeros": zeros}))
 
 
@@ -218,7 +230,8 @@ class _Meter:
         self._shared = ColumnNorms()
 
     def __call__(self, matrix: Matrix, inputs: Tensor) -> None:
-        key = (inputs.data_ptr(), inputs.shape, inputs._version)
+        version = object() if inputs.is_inference() else inputs._version  # never equal, if unknown
+        key = (inputs.data_ptr(), inputs.shape, inputs.stride(), version)
         if self._last is None or self._last[0] != key:
             self._shared = ColumnNorms()
             self._shared.add(inputs)

@@ -6,11 +6,12 @@ batches = modality.calibration_batches(write_text(file), CalibrationSpec(samples
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from infra.specs import DataSpec
+from infra.specs import DataSpec, ModelSpec
+from modalities.language import LanguageModality
 
 VOCAB = 260  # every byte, BOS, and some to spare
 BOS = 256
@@ -176,3 +177,8 @@ def write_text(file: Path, paragraphs: int = 160) -> DataSpec:
     texts = [" ".join(chance.choices(words, k=12)) for _ in range(paragraphs)]
     file.write_text("\n\n".join(texts), encoding="utf-8")
     return DataSpec(source=str(file))
+
+
+def load(folder: Path, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> Any:
+    """The checkpoint in a folder, as a trial loads it."""
+    return LanguageModality.load(ModelSpec(source=str(folder), dtype=dtype), torch.device("cpu"))
