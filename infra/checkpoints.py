@@ -73,18 +73,18 @@ def check_safetensors(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < size else None
+            header: dict[str, Any] = json.loads(file.read(length)) if length < size else {}
+        ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+        promised = 8 + length + max(ends, default=0)
     except FileNotFoundError:
         raise UserError(f"weights are missing: {path}") from None
-    except (struct.error, ValueError):
-        header = None
-    if not isinstance(header, dict):
-        raise UserError(f"{path} is truncated or no safetensors file: fetch it again")
-    ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
-    if 8 + length + max(ends, default=0) != size:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (struct.error, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        raise UserError(f"{path} is truncated or no safetensors file: fetch it again") from None
+    if promised != size:
         raise UserError(
-            f"{path} is truncated: {size} bytes, its header promises {8 + length + max(ends)}: "
-            "fetch it again"
+            f"{path} is truncated: {size} bytes, its header promises {promised}: fetch it again"
         )
     return header
 

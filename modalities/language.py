@@ -19,6 +19,7 @@ from typing import Any
 import filelock
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from infra.checkpoints import CheckpointLayout, inspect_checkpoint
@@ -71,7 +72,8 @@ class LanguageModality(Modality):
         if empty:
             raise UserError(f"{spec.source} has no weights for {empty[0]}: fetch it again")
         tokenizer = _tokenizer(folder)
-        ids = torch.arange(_PROBE_TOKENS).remainder(_vocabulary(model))[None]
+        tokens = min(_PROBE_TOKENS, _context(model))
+        ids = torch.arange(tokens).remainder(_vocabulary(model))[None]
         blocks = find_blocks(model, lambda: model(input_ids=ids, use_cache=False))
         licence = json.loads((folder / "source.json").read_text())["licence"]
         return cls(model, blocks, weights, device, tokenizer, licence)
@@ -94,7 +96,7 @@ class LanguageModality(Modality):
     def _batches(
         self, texts: list[str], count: int, length: int, what: str, divisor: int
     ) -> list[Batch]:
-        limit = self.record_context()
+        limit = _context(self.model)
         if length > limit:
             raise UserError(f"{what}: windows of {length} tokens, the model's context is {limit}")
         cut = cut_windows(self.tokenizer, texts, length=length, count=count, what=what)
@@ -147,15 +149,10 @@ class LanguageModality(Modality):
         rest = (self.weights, self.device, self.tokenizer, self.licence)
         return LanguageModality(model, [], *rest)
 
-    def record_context(self) -> int:
-        """The longest context that the model's configuration states."""
-        config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
-        return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
-
     def facts(self) -> dict[str, Any]:
         """Context, BOS habit and licence."""
         return {
-            "context": self.record_context(),
+            "context": _context(self.model),
             "adds_bos": self._adds_bos,
             "licence": self.licence,
         }
@@ -171,16 +168,19 @@ def convert(spec: ModelSpec, dtype: torch.dtype) -> Path:
     tokenizer_path = fetch(spec.tokenizer, "tokenizer") if spec.tokenizer else None
     key = json.dumps([_FORMAT, str(dtype), layout.stamp(), str(tokenizer_path)])
     folder = cache_dir() / "converted" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{folder}.lock"):
-        if not (folder / "source.json").is_file():
-            making = folder.with_suffix(f".{os.getpid()}")
-            try:
-                making.mkdir(parents=True, exist_ok=True)
+    making = folder.with_suffix(f".{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{folder}.lock"):
+            if not (folder / "source.json").is_file():
+                making.mkdir(exist_ok=True)
                 _convert(spec, layout, tokenizer_path, dtype, making)
-                os.replace(making, folder)
-            finally:
-                shutil.rmtree(making, ignore_errors=True)
+                making.rename(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise UserError(f"cannot keep {spec.source} in {cache_dir()}: {reason}") from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
     return folder
 
 
@@ -195,7 +195,11 @@ def _convert(
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": spec.trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": spec.trust_remote_code,
+        "ignore_mismatched_sizes": True,  # they are named below
+    }
     if layout.gguf:
         options |= {"gguf_file": layout.gguf, "quantization_config": GgufConfig(dequantize=True)}
     else:
@@ -206,9 +210,13 @@ def _convert(
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"cannot load {spec.source}: {_first_line(error)}") from error
-    lost = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
-    if lost:
+    if lost := sorted(info["missing_keys"]):
         raise UserError(f"{spec.source} lacks {len(lost)} weights of its model, {lost[0]} first")
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"{spec.source}: {name} has shape {list(found)}, its config.json asks for "
+            f"{list(wanted)}: fetch both again"
+        )
     model.config.quantization_config = None
     del model.config.quantization_config
     where = tokenizer_path or layout.folder
@@ -219,7 +227,8 @@ def _convert(
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"cannot load the tokenizer of {spec.source}: {_first_line(error)}; set model.tokenizer"
+            f"cannot load the tokenizer of {spec.tokenizer or spec.source}: set model.tokenizer to "
+            f"one that transformers loads ({_first_line(error).rstrip(' :')})"
         ) from error
     save_mapped(model, folder / _WEIGHTS)
     model.config.save_pretrained(folder)
@@ -250,6 +259,12 @@ def _tokenizer(folder: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = 1 << 30  # windows are cut from longer texts
     return tokenizer
+
+
+def _context(model: Any) -> int:
+    """The longest context that the model's configuration states."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 
 def _vocabulary(model: nn.Module) -> int:
