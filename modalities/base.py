@@ -11,16 +11,18 @@ those of a block only between `attach_block` and `release_block`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from infra.records import MatrixRecord, ModelRecord, Split
 from infra.specs import CalibrationSpec, DataSpec
-from infra.weights import MappedWeights
 from modalities.blocks import Block
 
 
@@ -37,11 +39,45 @@ class Batch:
         return self.ids.numel()
 
 
+class Weights(Protocol):
+    """Where a model's blocks get their weights from: a mapped file, or what they hold."""
+
+    sha256: str
+
+    def read(self, prefix: str = "") -> dict[str, Tensor]:
+        """The dense weights under a prefix."""
+
+    def attach(self, module: nn.Module, prefix: str, device: torch.device) -> None:
+        """Bring a block's weights to a device."""
+
+    def release(self, module: nn.Module, prefix: str) -> None:
+        """Free the device of them."""
+
+
+class HeldWeights:
+    """Of a model whose modules hold their own weights."""
+
+    sha256 = ""
+
+    def read(self, prefix: str = "") -> dict[str, Tensor]:
+        """There is nothing to compare with."""
+        return {}
+
+    def attach(self, module: nn.Module, prefix: str, device: torch.device) -> None:
+        """Move a block's weights to a device."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = tensor.data.to(device)
+
+    def release(self, module: nn.Module, prefix: str) -> None:
+        """Move them back."""
+        self.attach(module, prefix, torch.device("cpu"))
+
+
 class Modality(ABC):
     """A model on its mapped weights, its blocks, its data and its loss."""
 
     def __init__(
-        self, model: nn.Module, blocks: list[Block], weights: MappedWeights, device: torch.device
+        self, model: nn.Module, blocks: list[Block], weights: Weights, device: torch.device
     ) -> None:
         self.model, self.blocks, self.weights, self.device = model, blocks, weights, device
         inside = {id(p) for block in blocks for p in block.module.parameters()}
@@ -81,7 +117,7 @@ class Modality(ABC):
 
     @abstractmethod
     def reopen(self, folder: Path) -> Modality:
-        """A saved model, whole on the device, with the data of this one."""
+        """A saved model that holds its own weights, with the data of this one."""
 
     def attach_block(self, index: int) -> None:
         """Bring a block's dense weights to the device; on the CPU they are mapped already."""
@@ -98,6 +134,26 @@ class Modality(ABC):
         """Forget what was done to a block's weights and free the device's copy."""
         block = self.blocks[index]
         self.weights.release(block.module, f"{block.name}.")
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """A plain forward works inside: each block is on the device while it is called."""
+
+        def attach(index: int, *_: object) -> None:
+            self.attach_block(index)
+
+        def release(index: int, *_: object) -> None:
+            self.release_block(index)
+
+        handles = []
+        for index, block in enumerate(self.blocks):
+            handles.append(block.module.register_forward_pre_hook(partial(attach, index)))
+            handles.append(block.module.register_forward_hook(partial(release, index)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def check_untouched(self, index: int | None) -> None:
         """Compare everything not prunable with the file: of a block, or outside all blocks.

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from infra.records import Split
 from infra.sources import cache_dir, fetch
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
 from infra.weights import MappedWeights, save_mapped
-from modalities.base import Batch, Modality, resolve_dtype
+from modalities.base import Batch, HeldWeights, Modality, Weights, resolve_dtype
 from modalities.blocks import Block, find_blocks
 from modalities.text import adds_bos, cut_windows, shuffled
 
@@ -48,7 +49,7 @@ class LanguageModality(Modality):
         self,
         model: nn.Module,
         blocks: list[Block],
-        weights: MappedWeights,
+        weights: Weights,
         device: torch.device,
         tokenizer: Any,
         licence: str,
@@ -139,7 +140,8 @@ class LanguageModality(Modality):
         """`save_pretrained` of the model and its tokenizer, and the code that came with it."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
-        _copy_code(self.weights.path.parent, folder)
+        if isinstance(self.weights, MappedWeights):
+            _copy_code(self.weights.path.parent, folder)
 
     def reopen(self, folder: Path) -> LanguageModality:
         """Load what `save` wrote, as any user of transformers would."""
@@ -153,8 +155,9 @@ class LanguageModality(Modality):
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")
         model.requires_grad_(False)  # torch picks other kernels where a weight wants a gradient
-        rest = (self.weights, self.device, self.tokenizer, self.licence)
-        return LanguageModality(model, [], *rest)
+        blocks = [replace(b, module=model.get_submodule(b.name)) for b in self.blocks]
+        rest = (self.device, self.tokenizer, self.licence)
+        return LanguageModality(model, blocks, HeldWeights(), *rest)
 
     def facts(self) -> dict[str, Any]:
         """Context, BOS habit and licence."""

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
+from infra.errors import UserError
 from infra.records import TrialSpec
 from infra.sources import cache_dir, sha256_of
 from modalities.base import Batch, Modality
@@ -59,8 +61,11 @@ def save_checkpoint(
             "sha256": hashes,
         }
         (folder / SPARSITY_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder)
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"cannot write a checkpoint to {folder.parent}: {reason}") from error
         raise
     return str(folder), hashes | {SPARSITY_FILE: sha256_of(folder / SPARSITY_FILE)}
 
@@ -74,12 +79,12 @@ def _verify(modality: Modality, folder: Path, outcome: Outcome, batch: Batch) ->
     for matrix in outcome.matrices:
         block = blocks[matrix.block]
         name, _, expert = matrix.matrix.partition("[")
-        weight = saved.model.get_parameter(f"{block.name}.{name}")
+        weight = saved.model.get_parameter(f"{block.name}.{name}").data
         weight = weight[int(expert.rstrip("]"))] if expert else weight
         zeros = int(weight.numel() - weight.count_nonzero())
         if zeros != matrix.zeros:
             raise RuntimeError(f"{block.name}.{matrix.matrix} was saved with {zeros} zeros")
-    with torch.no_grad():
+    with torch.no_grad(), saved.streaming():
         losses = saved.losses(batch)
     if losses != outcome.losses[: len(losses)]:
         raise RuntimeError(f"the saved model gives {losses}, the sweep {outcome.losses}")

@@ -14,7 +14,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from infra.documents import corpus_sha256, documents
+from infra.documents import Split, corpus_sha256, documents
 from infra.records import Cost, ModelRecord, TrialResult, TrialSpec
 from infra.specs import ModelSpec
 from tasks.allocation import block_rates, tilt
@@ -58,7 +58,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         keep=spec.checkpoint,
     )
     swept = time.perf_counter()
-    where, hashes = ("", {})
+    where, hashes = "", dict[str, str]()
     if spec.checkpoint:
         try:
             where, hashes = save_checkpoint(modality, spec, rates, outcome, evaluation)
@@ -102,7 +102,7 @@ def describe_model(spec: TrialSpec) -> ModelRecord:
     modality.calibration_batches(spec.data, spec.calibration)
     batches = modality.evaluation_batches(spec.data, spec.split, spec.windows, spec.context)
     losses = _dense_loss(modality, batches[0])
-    splits = ("calibration", "selection", "report")
+    splits: tuple[Split, ...] = ("calibration", "selection", "report")
     hashes = {split: corpus_sha256(documents(spec.data, split)) for split in splits}
     return record.model_copy(
         update={"dense_loss": sum(losses) / len(losses), "data_sha256": hashes}
@@ -128,16 +128,11 @@ def _dense_loss(modality: Modality, batch: Batch) -> list[float]:
 
     from tasks.sweep import sweep
 
-    blocks = range(len(modality.blocks))
-    for index in blocks:
-        modality.attach_block(index)
-    with torch.no_grad():
+    with torch.no_grad(), modality.streaming():
         plain = modality.losses(batch)
-    for index in blocks:
-        modality.release_block(index)
     swept = sweep(
         modality,
-        [0.0] * len(blocks),
+        [0.0] * len(modality.blocks),
         method="magnitude",
         pause_at="linear",
         calibration=(),
