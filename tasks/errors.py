@@ -1,6 +1,6 @@
 """Reconstruction error: how far each block's output is from the dense model's.
 
-    curve = ErrorCurve(block=3); curve.dense(key, out); curve.pruned(key, out); curve.result()
+curve = ErrorCurve(block=3); curve.dense(key, out); curve.pruned(key, out); curve.result()
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ErrorCurve:
 
     def dense(self, key: int, output: Any) -> None:
         """Remember the dense output of a batch."""
-        self._dense[key] = hidden_state(output)
+        self._dense[key] = hidden_state(output).clone()  # a model may write to it later
 
     def pruned(self, key: int, output: Any) -> None:
         """Compare with the pruned output of the same batch, and forget both."""

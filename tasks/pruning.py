@@ -58,7 +58,7 @@ def smallest_per_row(scores: Tensor, zeros: int) -> Tensor:
     Every row gives its zeros // rows smallest, the earlier column where two are equal; the rest
     come from the rows whose next score is smallest.
     """
-    rows, columns = scores.shape
+    rows = scores.shape[0]
     each, rest = divmod(zeros, rows)
     last, following = _order_statistics(scores, each)
     if rest:
@@ -112,9 +112,7 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
-def prune_weight(
-    weight: Tensor, inputs: Tensor, *, method: str = "wanda", rate: float
-) -> Tensor:
+def prune_weight(weight: Tensor, inputs: Tensor, *, method: str = "wanda", rate: float) -> Tensor:
     """A pruned copy of one matrix, by the published rule for how many weights go.
 
     weight: out x in. inputs: tokens x in. rate: share of zeros in [0, 1).

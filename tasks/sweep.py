@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from infra.errors import UserError
 from infra.records import BlockError, MatrixRecord
 from modalities.base import Batch, Modality
 from modalities.products import Matrix, ProductWatcher
@@ -96,16 +97,15 @@ class _Sweep:
         with torch.no_grad(), ExitStack() as stack:
             lockstep = stack.enter_context(Lockstep(blocks))
             stack.callback(self._restore)
-            calibrating = [lockstep.start(lambda b=b: modality.run(b)) for b in calibration]
-            evaluating = [lockstep.start(lambda b=b: modality.losses(b)) for b in evaluation]
+            calibrating = [lockstep.start(partial(modality.run, b)) for b in calibration]
+            evaluating = [lockstep.start(partial(modality.losses, b)) for b in evaluation]
             riding = [
-                lockstep.start(lambda b=b: modality.losses(b)) for b in (evaluation if dense else ())
+                lockstep.start(partial(modality.losses, b)) for b in (evaluation if dense else ())
             ]
-            runs = calibrating + evaluating + riding
+            groups = calibrating, evaluating, riding
             self._pairs = dict(zip(map(id, evaluating), map(id, riding), strict=False))
-            while (index := lockstep.lowest(runs)) is not None:
-                standing = [lockstep.standing(group, index) for group in
-                            (calibrating, evaluating, riding)]
+            while (index := lockstep.lowest([*calibrating, *evaluating, *riding])) is not None:
+                standing = [lockstep.standing(group, index) for group in groups]
                 self._block(index, *standing, close=index == last)
             outcome.losses = [loss for run in evaluating for loss in run.result]
             outcome.dense_losses = [loss for run in riding for loss in run.result]
@@ -144,20 +144,18 @@ class _Sweep:
     ) -> None:
         self._touched.add(index)
         self.modality.attach_block(index)
-        curve = ErrorCurve(index) if riding else None
+        curve = ErrorCurve(index)
         for run in riding:
-            run.resume(Pass(seen=lambda out, key=id(run): curve.dense(key, out)))
+            run.resume(Pass(seen=partial(curve.dense, id(run))))
         if self.pruning:
             if self.pause_at == "block":
                 self._prune_block(index, calibrating, close)
             else:
                 self._prune_products(index, calibrating, close)
         for run in evaluating:
-            seen = None
-            if curve is not None:
-                seen = lambda out, key=self._pairs[id(run)]: curve.pruned(key, out)  # noqa: E731
+            seen = partial(curve.pruned, self._pairs[id(run)]) if riding else None
             run.resume(Pass(seen=seen))
-        if curve is not None:
+        if riding:
             self.outcome.errors.append(curve.result())
         self.modality.check_untouched(index)
         if self.keep:
@@ -184,8 +182,9 @@ class _Sweep:
 
         def watch(meter: _Meter, matrix: Matrix, inputs: Tensor) -> None:
             if matrix in done:
-                raise RuntimeError(
-                    f"{matrix.name} is multiplied again after it was pruned: use prune.pause=block"
+                raise UserError(
+                    f"{self.modality.blocks[index].name}.{matrix.name} is multiplied again after "
+                    "it was pruned: use prune.pause=block"
                 )
             meter(matrix, inputs)
             pause(AtProduct(matrix))
