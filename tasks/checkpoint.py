@@ -13,15 +13,17 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
 
 from infra.errors import UserError
 from infra.records import TrialSpec
 from infra.sources import cache_dir, sha256_of
-from modalities.base import Batch, Modality
-from tasks.sweep import Outcome
+
+if TYPE_CHECKING:
+    from modalities.base import Batch, Modality
+    from tasks.sweep import Outcome
 
 SPARSITY_FILE = "sparsity.json"
 
@@ -71,6 +73,8 @@ def save_checkpoint(
 
 
 def _verify(modality: Modality, folder: Path, outcome: Outcome, batch: Batch) -> None:
+    import torch
+
     saved = modality.reopen(folder)
     for name, parameter in modality.model.named_parameters():
         if not torch.equal(parameter.cpu(), saved.model.get_parameter(name).cpu()):
