@@ -33,9 +33,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         print(f"sparseramp: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "sparseramp: stopped; the same command goes on where it left off", file=sys.stderr
-        )
+        print("sparseramp: stopped; the same command goes on where it left off", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 

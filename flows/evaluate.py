@@ -1,6 +1,6 @@
 """Measuring a saved checkpoint again, on the text it was reported on or on any other.
 
-    sparseramp evaluate runs/quickstart/best data.report=other.txt evaluation.report_windows=64
+sparseramp evaluate runs/quickstart/best data.report=other.txt evaluation.report_windows=64
 """
 
 from __future__ import annotations

@@ -62,27 +62,25 @@ def final_wave(spec: Spec, beta: float, results: Results) -> list[TrialSpec]:
     """The comparison of one beta with uniform on the report split; [] when it is done."""
     if any(result.spec.stage == "final" for result in results.values()):
         return []
-    wave = []
-    for repeat in range(spec.evaluation.calibration_seeds):
-        calibration = spec.calibration.model_copy(
-            update={"seed": spec.calibration.seed + repeat}
+    wave = [
+        TrialSpec(
+            number=0,
+            stage="final",
+            model=spec.model,
+            data=spec.data,
+            calibration=spec.calibration.model_copy(
+                update={"seed": spec.calibration.seed + repeat}
+            ),
+            prune=_at(spec.prune, candidate),
+            split="report",
+            windows=spec.evaluation.report_windows,
+            context=spec.evaluation.context,
+            error_curves=repeat == 0,
+            checkpoint=repeat == 0 and candidate == beta,
         )
-        for candidate in dict.fromkeys((0.0, beta)):
-            wave.append(
-                TrialSpec(
-                    number=0,
-                    stage="final",
-                    model=spec.model,
-                    data=spec.data,
-                    calibration=calibration,
-                    prune=_at(spec.prune, candidate),
-                    split="report",
-                    windows=spec.evaluation.report_windows,
-                    context=spec.evaluation.context,
-                    error_curves=repeat == 0,
-                    checkpoint=repeat == 0 and candidate == beta,
-                )
-            )
+        for repeat in range(spec.evaluation.calibration_seeds)
+        for candidate in dict.fromkeys((0.0, beta))
+    ]
     return _numbered(wave, results)
 
 
@@ -101,6 +99,12 @@ def search_trial(spec: Spec, beta: float, rung: int) -> TrialSpec:
         windows=fidelity.windows,
         context=spec.evaluation.context,
     )
+
+
+def kinds_of_trial(spec: Spec, beta: float = 0.0) -> list[TrialSpec]:
+    """One trial of every size that a run can hold, the cheapest first."""
+    searched = [search_trial(spec, 0.0, rung) for rung in range(len(ladder(spec)))]
+    return [*searched, *final_wave(spec, beta, {})]
 
 
 def token_passes(trial: TrialSpec) -> int:

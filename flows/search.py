@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flows.live import View, live, trial_event
-from flows.plan import final_wave, next_wave, planned_passes, search_trial, token_passes
+from flows.plan import final_wave, kinds_of_trial, next_wave, planned_passes, token_passes
 from flows.report import Report, write_report
 from infra import tracking
 from infra.cluster import Cluster, connect
@@ -23,7 +23,6 @@ from infra.specs import Spec
 from infra.store import RunStore, write_atomic
 from tasks.allocation import beta_bounds, block_rates
 from tasks.model_card import model_card
-from tasks.pruning import method_named
 from tasks.trial import describe_model, run_trial
 
 Planner = Callable[[Spec, ModelRecord, dict[int, TrialResult]], list[TrialSpec]]
@@ -43,7 +42,6 @@ def prune(spec: Spec, *, as_json: bool = False) -> Report:
 
 
 def _run(spec: Spec, plan: Planner, as_json: bool) -> Report:
-    method_named(spec.prune.method)
     with (
         RunStore.open(spec) as store,
         live(spec, planned_passes(spec, store.results()), as_json=as_json) as view,
@@ -76,7 +74,11 @@ class _Run:
         """Wave after wave until the plan is empty, then the checkpoint and the report."""
         done = sum(token_passes(result.spec) for result in self.results.values())
         self.tell("started", done=done, cluster=self.cluster.describe())
-        self.spec = self._pinned()
+        if waves := self.store.waves():  # the revisions that its first trial read
+            first = {"model": waves[0][0].model, "data": waves[0][0].data}
+            self.spec = self.spec.model_copy(update=first)
+        else:
+            self.spec = pin(self.spec)
         model = self.store.model() or self._describe()
         bounds = beta_bounds(model.block_params(), self.spec.prune.sparsity)
         block_rates(self.spec.prune, model.block_params())  # an infeasible beta is refused here
@@ -101,28 +103,9 @@ class _Run:
         self.store.event(kind, **fields)
         self.view.event({"kind": kind, **fields})
 
-    def _pinned(self) -> Spec:
-        """The spec with the revision of every source that its first trial read."""
-        if waves := self.store.waves():
-            first = waves[0][0]
-            return self.spec.model_copy(update={"model": first.model, "data": first.data})
-        model, data = self.spec.model, self.spec.data
-        model = model.model_copy(
-            update={
-                "source": pinned(model.source, allow_pickle=model.allow_pickle),
-                "tokenizer": model.tokenizer and pinned(model.tokenizer, "tokenizer"),
-            }
-        )
-        sources = {
-            split: pinned(data.source_of(split), "dataset")
-            for split in ("calibration", "selection", "report")
-        }
-        data = data.model_copy(update={"source": "", **sources})
-        return self.spec.model_copy(update={"model": model, "data": data})
-
     def _describe(self) -> ModelRecord:
-        probe = search_trial(self.spec, 0.0, 0)
-        model = self.cluster.call(describe_model, probe)
+        trials = kinds_of_trial(self.spec, self.spec.prune.beta)
+        model = self.cluster.call(describe_model, trials)
         self.store.write_model(model)
         self.store.event("data", **model.data_sha256)
         self.tell(
@@ -162,3 +145,21 @@ class _Run:
         except FileNotFoundError:  # its node is gone, or the folder was cleaned up: make it again
             (again,) = self.cluster.run(run_trial, [saved.spec])
             self.cluster.fetch(again, best)
+
+
+def pin(spec: Spec) -> Spec:
+    """The spec with the exact revision of every source, so that all nodes read the same."""
+    model, data = spec.model, spec.data
+    model = model.model_copy(
+        update={
+            "source": pinned(model.source, allow_pickle=model.allow_pickle),
+            "tokenizer": model.tokenizer and pinned(model.tokenizer, "tokenizer"),
+        }
+    )
+    calibration, selection, report = (
+        pinned(source, "dataset")
+        for source in map(data.source_of, ("calibration", "selection", "report"))
+    )
+    sources = {"source": "", "calibration": calibration, "selection": selection, "report": report}
+    data = data.model_copy(update=sources)
+    return spec.model_copy(update={"model": model, "data": data})

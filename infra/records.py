@@ -37,6 +37,8 @@ class ModelRecord(Frozen):
     total_params: int
     unseen: list[str] = Field(default=[], description="matrices of blocks in no known product")
     context: int = Field(description="longest context the model states")
+    width: int = Field(0, description="of the hidden state")
+    outputs: int = Field(0, description="of the head: the vocabulary of a language model")
     adds_bos: bool
     dense_loss: float = Field(0.0, description="nats per token on two windows of selection text")
     data_sha256: dict[str, str] = Field(default={}, description="of the documents of each split")

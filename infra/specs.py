@@ -103,7 +103,7 @@ class SearchSpec(Frozen):
     sampler: Literal["bracket", "gp", "tpe", "random", "grid"] = "bracket"
     scouts: int = Field(8, ge=1, description="candidates at the lowest fidelity")
     wave: int = Field(4, ge=1, description="candidates proposed at once")
-    climbers: int = Field(3, ge=1, description="at most this many climb to the next rung")
+    climbers: int = Field(2, ge=1, description="at most this many climb to the next rung")
     seed: int = 0
     storage: str = Field("", description="Optuna RDB URL; empty: SQLite in the run directory")
 

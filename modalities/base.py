@@ -197,7 +197,7 @@ class Modality(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """The fields of ModelRecord that only the modality knows: context, adds_bos, licence."""
+        """The fields of ModelRecord that only the modality knows: context, width, licence..."""
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from infra.checkpoints import CheckpointLayout, inspect_checkpoint
-from infra.documents import documents
+from infra.documents import documents, whole_text
 from infra.errors import UserError
 from infra.records import Split
 from infra.sources import cache_dir, fetch
@@ -92,16 +92,28 @@ class LanguageModality(Modality):
         self, data: DataSpec, split: Split, windows: int, context: int, *, divisor: int = 1
     ) -> list[Batch]:
         """The first windows of a split, in an order that never changes."""
+        if data.cut == "whole":
+            texts = [whole_text(data.source_of(split), data.column)]
+            return self._batches(texts, windows, context, f"data.{split}", divisor, bos_once=True)
         texts = shuffled(documents(data, split), 0)
         return self._batches(texts, windows, context, f"data.{split}", divisor)
 
     def _batches(
-        self, texts: list[str], count: int, length: int, what: str, divisor: int
+        self,
+        texts: list[str],
+        count: int,
+        length: int,
+        what: str,
+        divisor: int,
+        *,
+        bos_once: bool = False,
     ) -> list[Batch]:
         limit = _context(self.model)
         if length > limit:
             raise UserError(f"{what}: windows of {length} tokens, the model's context is {limit}")
-        cut = cut_windows(self.tokenizer, texts, length=length, count=count, what=what)
+        cut = cut_windows(
+            self.tokenizer, texts, length=length, count=count, what=what, bos_once=bos_once
+        )
         vocabulary = _vocabulary(self.model)
         if int(cut.ids.max()) >= vocabulary:
             raise UserError(
@@ -160,8 +172,10 @@ class LanguageModality(Modality):
         return LanguageModality(model, blocks, HeldWeights(), *rest)
 
     def facts(self) -> dict[str, Any]:
-        """Context, BOS habit and licence."""
+        """Context, width, vocabulary, BOS habit and licence."""
         return {
+            "width": int(self.model.get_input_embeddings().weight.shape[1]),  # type: ignore[operator]
+            "outputs": _vocabulary(self.model),
             "context": _context(self.model),
             "adds_bos": self._adds_bos,
             "licence": self.licence,

@@ -12,6 +12,7 @@ import os
 import resource
 import socket
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from infra.documents import Split, corpus_sha256, documents
@@ -89,22 +90,37 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     )
 
 
-def describe_model(spec: TrialSpec) -> ModelRecord:
-    """Load a trial's model and text, and say what the model is made of.
+def describe_model(trials: Sequence[TrialSpec]) -> ModelRecord:
+    """Load the model and the text of some trials, and say what the model is made of.
 
-    Raises UserError where either cannot be used, and RuntimeError where the dense loss of a sweep
-    over two windows differs from a plain loop's in a single bit.
+    Raises UserError where a trial could not run, and RuntimeError where the dense loss of a sweep
+    differs from a plain loop's in a single bit.
     """
-    modality = loaded(spec.model)
-    record = modality.record(spec.model.source)
-    modality.calibration_batches(spec.data, spec.calibration)
-    batches = modality.evaluation_batches(spec.data, spec.split, spec.windows, spec.context)
+    from tasks.pruning import method_named
+
+    first = trials[0]
+    method_named(first.prune.method)
+    modality = loaded(first.model)
+    for trial in trials:
+        block_rates(trial.prune, modality.record("").block_params())
+        modality.calibration_batches(trial.data, trial.calibration)
+        modality.evaluation_batches(trial.data, trial.split, trial.windows, trial.context)
+    batches = modality.evaluation_batches(first.data, first.split, first.windows, first.context)
     losses = _dense_loss(modality, batches[0])
     splits: tuple[Split, ...] = ("calibration", "selection", "report")
-    hashes = {split: corpus_sha256(documents(spec.data, split)) for split in splits}
-    return record.model_copy(
-        update={"dense_loss": sum(losses) / len(losses), "data_sha256": hashes}
+    return modality.record(first.model.source).model_copy(
+        update={
+            "dense_loss": sum(losses) / len(losses),
+            "data_sha256": {s: corpus_sha256(documents(first.data, s)) for s in splits},
+        }
     )
+
+
+def time_dense(spec: TrialSpec) -> tuple[int, float]:
+    """Tokens and seconds of a dense evaluation, the head included: what a token pass costs here."""
+    dense = spec.prune.model_copy(update={"sparsity": 0.0, "beta": 0.0})
+    result = run_trial(spec.model_copy(update={"prune": dense}))
+    return sum(result.tokens), result.cost.sweep_s
 
 
 def loaded(spec: ModelSpec) -> Modality:

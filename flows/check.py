@@ -1,0 +1,125 @@
+"""What a spec means, before any work starts: blocks, matrices, data, budget, memory, time, place.
+
+    sparseramp check flows/specs/quickstart.toml
+
+Every source is resolved and read, the model is loaded where a trial would load it, and its dense
+loss is compared with a plain loop's. Nothing is pruned.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.live import duration
+from flows.plan import kinds_of_trial, ladder, planned_passes
+from flows.search import pin
+from infra.cluster import connect
+from infra.records import ModelRecord, TrialSpec
+from infra.specs import Spec
+from tasks.allocation import beta_bounds
+from tasks.trial import describe_model, time_dense
+
+
+def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
+    """Print the plan of a search and return it; raises UserError where it could not run."""
+    pinned = pin(spec)
+    trials = kinds_of_trial(pinned, spec.prune.beta)
+    with connect(spec.cluster) as cluster:
+        model = cluster.call(describe_model, trials)
+        tokens, seconds = cluster.call(time_dense, trials[0])
+        where = cluster.describe()
+    passes = planned_passes(spec, {})
+    low, high = beta_bounds(model.block_params(), spec.prune.sparsity)
+    answer = {
+        "model": model.model_dump(exclude={"matrices"}),
+        "blocks": [_block(model, index) for index in range(len(model.blocks))],
+        "sources": {
+            "model": pinned.model.source,
+            **{s: pinned.data.source_of(s) for s in ("calibration", "selection", "report")},
+        },
+        "beta": {"low": low, "high": high},
+        "rungs": [vars(rung) for rung in ladder(spec)],
+        "token_passes": passes,
+        "seconds": passes * seconds / tokens / where["parallel"],
+        "memory_bytes": max(_memory(model, trial) for trial in trials),
+        "cluster": where,
+    }
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        _print(spec, model, answer)
+    return answer
+
+
+def _block(model: ModelRecord, index: int) -> dict[str, Any]:
+    inside = [matrix for matrix in model.matrices if matrix.block == index]
+    return {
+        "name": model.blocks[index],
+        "params": sum(matrix.params for matrix in inside),
+        "matrices": [[matrix.matrix, matrix.params] for matrix in inside],
+    }
+
+
+def _memory(model: ModelRecord, trial: TrialSpec) -> int:
+    """Private bytes of a trial: hidden states of all batches, one block, the head's logits.
+
+    The mapped weights come on top; all trials of a node share them.
+    """
+    size = 4 if model.dtype == "float32" else 2
+    states = trial.calibration.samples * trial.calibration.length
+    states += trial.windows * trial.context * (2 if trial.error_curves else 1)
+    kept = sum(model.block_params()) if trial.checkpoint else max(model.block_params())
+    logits = 2 * max(2048, trial.context) * model.outputs
+    return size * (states * model.width + kept + logits)
+
+
+def _print(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    table = Table(title=f"{model.architecture}, {model.dtype}", title_justify="left")
+    for column in ("blocks", "matrix", "weights each"):
+        table.add_column(column, justify="right" if column == "weights each" else "left")
+    for matrices, group in groupby(answer["blocks"], key=lambda block: block["matrices"]):
+        names = [block["name"] for block in group]
+        label = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})"
+        for position, (matrix, params) in enumerate(_folded(matrices)):
+            table.add_row("" if position else label, matrix, params)
+        table.add_section()
+    console.print(table)
+    prunable = sum(model.block_params())
+    rungs = ", ".join(f"{r['samples']} + {r['windows']}" for r in answer["rungs"])
+    cluster = answer["cluster"]
+    hosts = ", ".join(node["host"] for node in cluster["nodes"])
+    lines = {
+        "prunable": f"{prunable:,} of {model.total_params:,} parameters"
+        + (f"; never pruned, in no product: {', '.join(model.unseen)}" if model.unseen else ""),
+        **answer["sources"],
+        "dense loss": f"{model.dense_loss:.4f} nats/token, equal to a plain loop's",
+        "beta": f"{answer['beta']['low']:.5f} to {answer['beta']['high']:.5f} at "
+        f"{100 * spec.prune.sparsity:g} % sparsity",
+        "rungs": f"{rungs} (calibration + selection windows)",
+        "time": f"about {duration(answer['seconds'])} for {answer['token_passes']:,} token passes",
+        "memory": f"about {answer['memory_bytes'] / 2**20:,.0f} MiB per trial beside the mapped "
+        "weights",
+        "runs on": f"{hosts}: {cluster['parallel']} trials at once, each "
+        f"{cluster['cpus_per_trial']:g} CPUs and {cluster['gpus_per_trial']:g} GPUs",
+    }
+    facts = Table.grid(padding=(0, 2))
+    for name, value in lines.items():
+        facts.add_row(name, value)
+    console.print(facts)
+
+
+def _folded(matrices: list[list[Any]]) -> list[tuple[str, str]]:
+    """Experts of one parameter on one line."""
+    rows: dict[str, list[int]] = {}
+    for name, params in matrices:
+        rows.setdefault(name.partition("[")[0], []).append(params)
+    return [
+        (name if len(sizes) == 1 else f"{name} x {len(sizes)} experts", f"{sizes[0]:,}")
+        for name, sizes in rows.items()
+    ]
