@@ -31,8 +31,7 @@ class Rung:
     windows: int
 
 
-# Shares of the calibration and the selection windows; tests/bench/scouts.py measures what they
-# lose. The published protocol has the last one only.
+# Shares of the calibration and the selection windows. The published protocol has the last only.
 LADDER = ((1 / 16, 1 / 8), (1 / 4, 1 / 4), (1.0, 1.0))
 
 
@@ -40,7 +39,10 @@ def ladder(spec: Spec) -> list[Rung]:
     """The rungs of a spec, cheapest first."""
     shares = LADDER if spec.search.protocol == "ladder" else LADDER[-1:]
     samples, windows = spec.calibration.samples, spec.evaluation.selection_windows
-    rungs = [Rung(max(1, round(samples * c)), max(2, round(windows * e))) for c, e in shares]
+    rungs = [
+        Rung(max(min(samples, 2), round(samples * c)), max(2, round(windows * e)))
+        for c, e in shares
+    ]
     return sorted(set(rungs), key=lambda rung: (rung.samples, rung.windows))
 
 

@@ -95,7 +95,8 @@ class _Run:
         self._publish()
         self.tell("report")
         report = write_report(self.store.dir)
-        write_atomic(self.store.path("best/README.md"), model_card(report).encode())
+        if self.store.path("best").is_dir():  # unless its trial failed
+            write_atomic(self.store.path("best/README.md"), model_card(report).encode())
         return report
 
     def tell(self, kind: str, **fields: Any) -> None:
@@ -156,10 +157,11 @@ def pin(spec: Spec) -> Spec:
             "tokenizer": model.tokenizer and pinned(model.tokenizer, "tokenizer"),
         }
     )
-    calibration, selection, report = (
-        pinned(source, "dataset")
-        for source in map(data.source_of, ("calibration", "selection", "report"))
-    )
-    sources = {"source": "", "calibration": calibration, "selection": selection, "report": report}
+    sources = {
+        "source": "",
+        "calibration": pinned(data.source_of("calibration"), "dataset"),
+        "selection": pinned(data.source_of("selection"), "dataset"),
+        "report": pinned(data.source_of("report"), "dataset"),
+    }
     data = data.model_copy(update=sources)
     return spec.model_copy(update={"model": model, "data": data})
