@@ -75,11 +75,9 @@ def _search(options: argparse.Namespace) -> None:
     spec = load_spec(options.spec, options.overrides)
     from flows import search
 
-    if options.name == "prune":
-        report = search.prune(spec, as_json=options.json)
-    else:
-        report = search.search(spec, as_json=options.json)
-    _show(report, spec.run.dir, options.json)
+    run = search.prune if options.name == "prune" else search.search
+    as_json = options.json or not sys.stdout.isatty()
+    _show(run(spec, as_json=as_json), spec.run.dir, as_json)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -90,7 +88,13 @@ def _report(options: argparse.Namespace) -> None:
 
 def _show(report: dict[str, Any], run: str, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({key: report[key] for key in ("dense", "gain", "cost")} | {"run": run}))
+        keys = ("metrics", "beta", "tilt", "sparsity")
+        sides = {
+            name: {key: report[name][key] for key in keys if key in report[name]}
+            for name in ("dense", "uniform", "best")
+            if report[name]
+        }
+        print(json.dumps({"kind": "result", "run": run, **sides, "gain": report["gain"]}))
         return
     from flows.summary import print_summary
 

@@ -17,15 +17,17 @@ from tasks.statistics import plus_minus
 def print_summary(report: dict[str, Any], run: str) -> None:
     """A table, the conclusion, and where to look next."""
     console = Console(highlight=False)
-    table = Table(title=f"{report['spec']['model']['source']}, report split", title_justify="left")
-    metrics = list(report["uniform"]["metrics"])
+    console.print(f"{report['spec']['model']['source']}, measured on the report split")
+    table = Table()
+    metrics = ("perplexity", "bits_per_byte")
     for column in ("", "beta", "tilt", "sparsity", *metrics):
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
+        heading = column.replace("_", " ")
+        table.add_column(heading, justify="right" if column else "left", no_wrap=True)
     for name in ("dense", "uniform", "best"):
         side = report[name]
         if side is None:
             continue
-        facts = [f"{side[key]:.4g}" if key in side else "" for key in ("beta", "tilt", "sparsity")]
+        facts = [f"{side[key]:.3g}" if key in side else "" for key in ("beta", "tilt", "sparsity")]
         values = [side["metrics"][m] for m in metrics]
         table.add_row(name, *facts, *(plus_minus(v["mean"], v["stderr"]) for v in values))
     console.print(table)
