@@ -67,6 +67,7 @@ def _spec(checkpoint: Path, overrides: list[str]) -> Spec:
     apply_overrides(raw, overrides)
     raw.setdefault("model", {})["source"] = str(checkpoint)
     raw.setdefault("prune", {})["sparsity"] = 0.0
+    raw["calibration"] = {"samples": 1, "length": 8}  # nothing is pruned: whatever there is will do
     if "data" not in raw:
         raise UserError(f"{checkpoint} has no {SPARSITY_FILE}: add data.source=... to the command")
     return parse_spec(raw, str(checkpoint))

@@ -1,0 +1,75 @@
+"""The command line in a process of its own, and a small project for it to work on.
+
+done = run("search", spec, "--json", cache=folder)
+assert done.returncode == 0, done.stderr
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.models import write_checkpoint, write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Tiny at every point, but all stages are there: scouts, two rungs, three calibration seeds.
+SPEC = """
+[model]
+source = "{model}"
+[data]
+source = "{text}"
+[prune]
+sparsity = 0.5
+[calibration]
+samples = 4
+length = 16
+[evaluation]
+context = 16
+selection_windows = 4
+report_windows = 4
+[search]
+scouts = 3
+wave = 2
+[cluster]
+parallel = 1
+[tracking]
+enabled = false
+[run]
+dir = "{run}"
+"""
+
+
+def write_project(folder: Path) -> Path:
+    """A checkpoint, text and a spec of a search of them; the spec's path."""
+    model = write_checkpoint("llama", folder / "model")
+    write_text(folder / "text.txt")
+    spec = folder / "tiny.toml"
+    spec.write_text(SPEC.format(model=model, text=folder / "text.txt", run=folder / "run"))
+    return spec
+
+
+def start(*arguments: str | Path, cache: Path) -> subprocess.Popen[str]:
+    """Begin a command, as the leader of a process group."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *map(str, arguments)],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        | {"SPARSERAMP_CACHE": str(cache)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(*arguments: str | Path, cache: Path) -> subprocess.CompletedProcess[str]:
+    """A whole command."""
+    process = start(*arguments, cache=cache)
+    try:
+        output, errors = process.communicate(timeout=100)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
