@@ -105,10 +105,12 @@ def _print(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> None:
         "time": f"about {duration(answer['seconds'])} for {answer['token_passes']:,} token passes",
         "memory": f"about {answer['memory_bytes'] / 2**20:,.0f} MiB per trial beside the mapped "
         "weights",
-        "runs on": f"{hosts}: {cluster['parallel']} trials at once, each "
+        "runs on": f"{hosts}: {cluster['parallel']} at once, each trial with "
         f"{cluster['cpus_per_trial']:g} CPUs and {cluster['gpus_per_trial']:g} GPUs",
     }
     facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
     for name, value in lines.items():
         facts.add_row(name, value)
     console.print(facts)
