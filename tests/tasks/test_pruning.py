@@ -146,7 +146,7 @@ def test_wanda_weighs_by_the_norm_of_the_input() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1 / 3, 0.999])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_published_counts_at_any_rate(method: str, rate: float) -> None:
     torch.manual_seed(0)
     weight = torch.randn(7, 10)
