@@ -17,7 +17,9 @@ from infra.specs import Spec, parse_spec
 
 def make_spec(protocol: str = "ladder") -> Spec:
     raw = {"model": {"source": "org/tiny"}, "data": {"source": "texts"}}
-    return parse_spec({**raw, "search": {"protocol": protocol}}, "test.toml")
+    if protocol == "paper":
+        raw |= {"search": {"protocol": "paper", "sampler": "grid"}, "prune": {"pause": "block"}}
+    return parse_spec(raw, "test.toml")
 
 
 def trial(number: int, beta: float, loss: float | None, rung: int = 0) -> dict[str, Any]:

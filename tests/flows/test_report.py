@@ -245,7 +245,7 @@ def test_reporting_needs_no_torch() -> None:
 
 
 def test_paper_protocol_is_said_wherever_a_number_stands() -> None:
-    spec = make_spec(search={"protocol": "paper", "sampler": "grid"})
+    spec = make_spec(search={"protocol": "paper", "sampler": "grid"}, prune={"pause": "block"})
     report = build_report(spec, make_model(), make_run(), 1.0)
     assert report["protocol"] == "paper"
     assert "selected on the text it is reported on" in report["gain"]["conclusion"]

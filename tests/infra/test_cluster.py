@@ -81,8 +81,9 @@ def test_workers_stay_warm(cluster: Cluster) -> None:
     assert len(trials_of) <= 2
     # Every trial of a process found what the ones before it had left.
     assert all(sorted(seen) == list(range(1, len(seen) + 1)) for seen in trials_of.values())
+    # A worker that was still starting may have come too late for the first round.
     again = run(cluster, "ok", "ok")
-    assert {result.device for result in again} <= trials_of.keys()
+    assert len(trials_of.keys() | {result.device for result in again}) <= 2
 
 
 def test_killed_worker_is_replaced_and_counted(cluster: Cluster, tmp_path: Path) -> None:

@@ -143,7 +143,11 @@ def test_losses_are_the_mean_over_scored_tokens(copy: Copy, text: DataSpec) -> N
 def test_licence_and_context_are_recorded(copy: Copy) -> None:
     folder = copy()
     (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# A model\n")
-    assert load(folder).facts() == {"context": 128, "adds_bos": True, "licence": "apache-2.0"}
+    facts = load(folder).facts()
+    assert (facts["context"], facts["adds_bos"], facts["licence"]) == (128, True, "apache-2.0")
+    assert (facts["width"], facts["outputs"]) == tuple(load(folder).model.lm_head.weight.shape)[
+        ::-1
+    ]
 
 
 def test_a_context_shorter_than_the_probe_loads(tmp_path: Path, cache: Path) -> None:

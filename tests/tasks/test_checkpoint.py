@@ -184,7 +184,7 @@ def test_a_full_disk_is_a_user_error_and_nothing_is_left(make: Made, cache: Path
 
 def test_the_dense_loss_is_checked_against_a_plain_loop(make: Made) -> None:
     spec = make("gpt2")
-    record = trial.describe_model(spec)
+    record = trial.describe_model([spec])
     modality = trial.loaded(spec.model)
     (batch,) = modality.evaluation_batches(spec.data, "report", 3, 16)
     with torch.no_grad():

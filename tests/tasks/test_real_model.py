@@ -59,7 +59,7 @@ def perplexity(result: TrialResult) -> float:
 
 
 def test_what_the_model_is_made_of() -> None:
-    record = trial.describe_model(spec())  # checks the sweep's dense loss against a plain loop
+    record = trial.describe_model([spec()])  # checks the sweep's dense loss against a plain loop
     assert record.architecture == "LlamaForCausalLM"
     assert record.blocks == [f"model.layers.{i}" for i in range(30)]
     assert len(record.matrices) == 210

@@ -53,7 +53,7 @@ def test_a_model_larger_than_the_device(spec: TrialSpec) -> None:
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_per_process_memory_fraction(256 * MIB / total)
     try:
-        record = trial.describe_model(spec)
+        record = trial.describe_model([spec])
         result = trial.run_trial(spec)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
