@@ -15,7 +15,7 @@ from typing import Any
 
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult, TrialSpec
-from infra.samplers import propose
+from infra.samplers import paper_grid, propose
 from infra.specs import PruneSpec, Spec
 from tasks.allocation import beta_bounds
 from tasks.statistics import ruled_out
@@ -117,12 +117,18 @@ def token_passes(trial: TrialSpec) -> int:
     return calibration * passes + evaluation * (2 if trial.error_curves else 1)
 
 
-def planned_passes(spec: Spec, results: Results) -> int:
-    """Token passes of the whole run: what is done, and the most that can still come."""
+def planned_passes(spec: Spec, model: ModelRecord | None, results: Results) -> int:
+    """Token passes of the whole run: what is done, and the most that can still come.
+
+    How long a grid is depends on the model; without one, `search.scouts` stands for it.
+    """
     done = sum(token_passes(result.spec) for result in results.values())
     rungs = ladder(spec)
     tried = [sum(_is(r, rung) for r in results.values()) for rung in range(len(rungs))]
-    most = [spec.search.scouts] + [spec.search.climbers] * (len(rungs) - 1)
+    scouts = spec.search.scouts
+    if spec.search.sampler == "grid" and model is not None:
+        scouts = len(paper_grid(beta_bounds(model.block_params(), spec.prune.sparsity)[1]))
+    most = [scouts] + [spec.search.climbers] * (len(rungs) - 1)
     reached = max((rung for rung, count in enumerate(tried) if count), default=0)
     left = sum(
         max(0, most[rung] - tried[rung]) * token_passes(search_trial(spec, 0.0, rung))

@@ -15,10 +15,11 @@ from flows.live import View, live, trial_event
 from flows.plan import final_wave, kinds_of_trial, next_wave, planned_passes, token_passes
 from flows.report import Report, write_report
 from infra import tracking
+from infra.checkpoints import inspect_checkpoint
 from infra.cluster import Cluster, connect
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import StudyMirror
-from infra.sources import pinned
+from infra.sources import fetch, pinned
 from infra.specs import Spec
 from infra.store import RunStore, write_atomic
 from tasks.allocation import beta_bounds, block_rates
@@ -42,13 +43,14 @@ def prune(spec: Spec, *, as_json: bool = False) -> Report:
 
 
 def _run(spec: Spec, plan: Planner, as_json: bool) -> Report:
+    pinned_spec = pin(spec)  # what cannot be read is refused before a run directory is there
     with (
         RunStore.open(spec) as store,
-        live(spec, planned_passes(spec, store.results()), as_json=as_json) as view,
+        live(spec, planned_passes(spec, None, store.results()), as_json=as_json) as view,
         connect(spec.cluster) as cluster,
     ):
         tracking.start(store.dir, spec.tracking)
-        run = _Run(store, cluster, view)
+        run = _Run(store, pinned_spec, cluster, view)
         try:
             report = run.go(plan)
         except BaseException as error:
@@ -64,9 +66,8 @@ def _run(spec: Spec, plan: Planner, as_json: bool) -> Report:
 class _Run:
     """One driver's view of a run: its files, its cluster, and who is told."""
 
-    def __init__(self, store: RunStore, cluster: Cluster, view: View) -> None:
-        self.store, self.cluster, self.view = store, cluster, view
-        self.spec = store.spec
+    def __init__(self, store: RunStore, spec: Spec, cluster: Cluster, view: View) -> None:
+        self.store, self.spec, self.cluster, self.view = store, spec, cluster, view
         self.results = store.results()
         self.studies: StudyMirror | None = None
 
@@ -77,8 +78,6 @@ class _Run:
         if waves := self.store.waves():  # the revisions that its first trial read
             first = {"model": waves[0][0].model, "data": waves[0][0].data}
             self.spec = self.spec.model_copy(update=first)
-        else:
-            self.spec = pin(self.spec)
         model = self.store.model() or self._describe()
         bounds = beta_bounds(model.block_params(), self.spec.prune.sparsity)
         block_rates(self.spec.prune, model.block_params())  # an infeasible beta is refused here
@@ -123,7 +122,7 @@ class _Run:
         if not missing:
             return
         kind = "final" if wave[0].stage == "final" else "climb" if wave[0].rung else "wave"
-        planned = planned_passes(self.spec, self.results)
+        planned = planned_passes(self.spec, self.store.model(), self.results)
         betas = [trial.prune.beta for trial in wave]
         self.tell(kind, rung=wave[0].rung, betas=betas, planned=planned)
         for result in self.cluster.run(run_trial, missing):
@@ -143,14 +142,23 @@ class _Run:
             return
         try:
             self.cluster.fetch(saved, best)
-        except FileNotFoundError:  # its node is gone, or the folder was cleaned up: make it again
+        except OSError:  # its node is gone, or the folder was cleaned up or damaged: make it again
             (again,) = self.cluster.run(run_trial, [saved.spec])
-            self.cluster.fetch(again, best)
+            if again.state == "complete":
+                self.cluster.fetch(again, best)
 
 
 def pin(spec: Spec) -> Spec:
-    """The spec with the exact revision of every source, so that all nodes read the same."""
+    """The spec with the exact revision of every source, so that all nodes read the same.
+
+    Raises UserError where a source is missing, or a checkpoint is cut off or unsafe.
+    """
     model, data = spec.model, spec.data
+    inspect_checkpoint(
+        fetch(model.source, allow_pickle=model.allow_pickle),
+        allow_pickle=model.allow_pickle,
+        trust_remote_code=model.trust_remote_code,
+    )
     model = model.model_copy(
         update={
             "source": pinned(model.source, allow_pickle=model.allow_pickle),

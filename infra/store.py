@@ -87,7 +87,10 @@ class RunStore:
             identity = json.loads(json.dumps(spec.identity()))
             if resumed := (directory / "run.json").exists():
                 header = _read_header(directory)
-                if changes := changed_keys(header["identity"], identity):
+                begun = any((directory / "waves").glob("*.json"))
+                if not begun:  # nothing was tried yet, so the spec may still change
+                    (directory / "model.json").unlink(missing_ok=True)
+                elif changes := changed_keys(header["identity"], identity):
                     raise UserError(
                         f"{directory} belongs to another spec, {', '.join(changes)}: undo the "
                         "change or choose another run.dir"

@@ -16,6 +16,7 @@ from flows.plan import (
     ladder,
     next_wave,
     planned_passes,
+    search_trial,
     token_passes,
 )
 from infra.errors import UserError
@@ -253,11 +254,18 @@ def test_planned_passes_are_the_most_that_can_come_and_in_the_end_what_came(
     done: Results = {}
     planned = []
     for wave in waves:
-        planned.append(planned_passes(spec, done))
+        planned.append(planned_passes(spec, make_model(), done))
         done |= {trial.number: results[trial.number] for trial in wave}
     assert all(each >= total for each in planned)
     assert planned == sorted(planned, reverse=True)  # it may come to less, never to more
-    assert planned_passes(spec, results) == total
+    assert planned_passes(spec, make_model(), results) == total
+
+
+def test_a_grid_is_planned_in_its_full_length() -> None:
+    """30 blocks at 60 %: uniform and 13 multiples of 0.002 below 0.02759."""
+    short = make_spec(search={"sampler": "grid", "scouts": 1})
+    one, all_of_them = (planned_passes(short, model, {}) for model in (None, make_model()))
+    assert all_of_them - one == 13 * token_passes(search_trial(short, 0.0, 0))
 
 
 def test_tokens_of_a_trial() -> None:

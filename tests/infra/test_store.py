@@ -89,8 +89,12 @@ def test_resume_keeps_identity_and_takes_what_may_change(make_spec: MakeSpec) ->
     assert [e["event"] for e in second.events()] == ["created", "resumed"]
 
 
-def test_changed_spec_is_refused_by_key(make_spec: MakeSpec) -> None:
-    RunStore.open(make_spec()).close()
+def test_changed_spec_is_refused_by_key_once_a_wave_is_planned(
+    make_spec: MakeSpec, make_result: MakeResult
+) -> None:
+    RunStore.open(make_spec(prune={"sparsity": 0.5})).close()
+    with RunStore.open(make_spec()) as store:
+        store.write_wave(0, [make_result(0).spec])
     with pytest.raises(UserError, match=r"prune\.sparsity \(was 0\.6, is 0\.7\)") as error:
         RunStore.open(make_spec(prune={"sparsity": 0.7}))
     assert "prune.method" not in on_one_line(error)
