@@ -7,6 +7,7 @@ assert done.returncode == 0, done.stderr
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.models import write_checkpoint, write_text
@@ -49,10 +50,14 @@ def write_project(folder: Path) -> Path:
     return spec
 
 
-def start(*arguments: str | Path, cache: Path) -> subprocess.Popen[str]:
+# In a network namespace of its own, which has a loopback interface and nothing else.
+OFFLINE = ("unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"')
+
+
+def start(*arguments: str | Path, cache: Path, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
     """Begin a command, as the leader of a process group."""
     return subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *map(str, arguments)],
+        [*prefix, sys.executable, "-m", "flows.cli", *map(str, arguments)],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         | {"SPARSERAMP_CACHE": str(cache)},
@@ -63,9 +68,11 @@ def start(*arguments: str | Path, cache: Path) -> subprocess.Popen[str]:
     )
 
 
-def run(*arguments: str | Path, cache: Path) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str | Path, cache: Path, prefix: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """A whole command."""
-    process = start(*arguments, cache=cache)
+    process = start(*arguments, cache=cache, prefix=prefix)
     try:
         output, errors = process.communicate(timeout=100)
     finally:

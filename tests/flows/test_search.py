@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infra.sources import sha256_of
-from tests.flows.commands import run, start, write_project
+from tests.flows.commands import OFFLINE, run, start, write_project
 
 WHERE_AND_WHEN = {"cost", "host", "node", "device", "checkpoint", "checkpoint_sha256", "attempts"}
 
@@ -223,3 +223,18 @@ def wait_for_trials(process: subprocess.Popen[str], folder: Path, count: int) ->
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_a_search_needs_no_network(spec: Path, cache: Path) -> None:
+    """Ray, Optuna and the MLflow mirror included, once model and text are there."""
+    try:
+        subprocess.run([*OFFLINE, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no network namespace can be made here")
+    folder = spec.parent / "offline"
+    overrides = (f"run.dir={folder}", "search.scouts=1", "tracking.enabled=true")
+    done = run("search", spec, *overrides, "--json", cache=cache, prefix=OFFLINE)
+    assert done.returncode == 0, done.stderr
+    assert report_of(folder)["gain"]["verdict"] == "no gain"  # uniform was the only candidate
+    log = (folder / "tracking.log").read_text()
+    assert "Traceback" not in log and "Error" not in log
