@@ -23,7 +23,13 @@ OVERRIDES = "section.key=value, say prune.sparsity=0.7 run.dir=runs/seventy"
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run one command and exit."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes KEY=VALUE after an option such as --json for something unknown.
+    if rest and not (hasattr(options, "overrides") and all("=" in r and r[0] != "-" for r in rest)):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     signal.signal(signal.SIGTERM, _stop)
     try:
         environment.prepare()

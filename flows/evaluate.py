@@ -64,6 +64,9 @@ def _spec(checkpoint: Path, overrides: list[str]) -> Spec:
     if facts.is_file():
         saved = json.loads(facts.read_text(encoding="utf-8"))
         raw = {"data": saved["data"], "evaluation": saved["evaluation"]}
+        raw["model"] = {"dtype": saved["dtype"]}
+        if any(override.startswith("data.source=") for override in overrides):
+            raw["data"] |= {"calibration": "", "selection": "", "report": ""}
     apply_overrides(raw, overrides)
     raw.setdefault("model", {})["source"] = str(checkpoint)
     raw.setdefault("prune", {})["sparsity"] = 0.0

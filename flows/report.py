@@ -73,7 +73,7 @@ def build_report(
     """Everything that report.json holds. Raises UserError where the final stage is missing."""
     done = [result for result in results if result.state == "complete"]
     uniform, best = _finals(done)
-    dense = next((result for result in (*uniform, *best) if result.dense_losses), None)
+    dense = next((r for r in done if r.spec.stage == "final" and r.dense_losses), None)
     gain = paired_difference(_losses(uniform), _losses(best), uniform[0].tokens)
     searched = any(result.spec.stage == "search" for result in results)
     sides = {"uniform": _side(uniform), "best": _side(best)}
@@ -205,7 +205,9 @@ def _conclusion(report: Report) -> str:
     """What was found, in two or three sentences that hold for these numbers and no others."""
     gain, best = report["gain"], report["best"]
     before, after = (three_digits(gain["perplexity"][side]) for side in ("uniform", "best"))
-    dense = f"dense {three_digits(report['dense']['metrics']['perplexity']['mean'])}"
+    dense = "dense not measured"
+    if report["dense"]:
+        dense = f"dense {three_digits(report['dense']['metrics']['perplexity']['mean'])}"
     at = f"{100 * report['spec']['prune']['sparsity']:g} % sparsity"
     beta = f"beta = {best['beta']:.3g} (tilt {best['tilt']:.2f})"
     over = f"{gain['n']} windows and {_count(gain['n_seeds'], 'calibration seed')}"

@@ -17,6 +17,8 @@ from flows.report import Report, write_report
 from infra import tracking
 from infra.checkpoints import inspect_checkpoint
 from infra.cluster import Cluster, connect
+from infra.documents import corpus_sha256, documents
+from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import StudyMirror
 from infra.sources import fetch, pinned
@@ -34,18 +36,20 @@ def search(spec: Spec, *, as_json: bool = False) -> Report:
 
     Raises UserError for everything the user can put right; what was finished stays finished.
     """
-    return _run(spec, next_wave, as_json)
+    return _run("search", spec, next_wave, as_json)
 
 
 def prune(spec: Spec, *, as_json: bool = False) -> Report:
     """Prune at `prune.beta`, compare with uniform on the report split, save and report."""
-    return _run(spec, lambda s, model, results: final_wave(s, s.prune.beta, results), as_json)
+    return _run(
+        "prune", spec, lambda s, model, results: final_wave(s, s.prune.beta, results), as_json
+    )
 
 
-def _run(spec: Spec, plan: Planner, as_json: bool) -> Report:
+def _run(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
     pinned_spec = pin(spec)  # what cannot be read is refused before a run directory is there
     with (
-        RunStore.open(spec) as store,
+        RunStore.open(spec, command) as store,
         live(spec, planned_passes(spec, None, store.results()), as_json=as_json) as view,
         connect(spec.cluster) as cluster,
     ):
@@ -79,6 +83,12 @@ class _Run:
             first = {"model": waves[0][0].model, "data": waves[0][0].data}
             self.spec = self.spec.model_copy(update=first)
         model = self.store.model() or self._describe()
+        for split in ("calibration", "selection", "report"):
+            if corpus_sha256(documents(self.spec.data, split)) != model.data_sha256[split]:
+                raise UserError(
+                    f"the text of data.{split} has changed since {self.store.dir} was started: "
+                    "restore it or choose another run.dir"
+                )
         bounds = beta_bounds(model.block_params(), self.spec.prune.sparsity)
         block_rates(self.spec.prune, model.block_params())  # an infeasible beta is refused here
         self.studies = StudyMirror(self.store.dir, self.store.id, self.spec.search.storage, *bounds)
@@ -118,7 +128,14 @@ class _Run:
         return model
 
     def _finish(self, wave: list[TrialSpec]) -> None:
-        missing = [trial for trial in wave if trial.number not in self.results]
+        # The final comparison needs all of its trials, so one that failed is tried once more.
+        failed = {n for n, r in self.results.items() if r.state == "failed"}
+        missing = [
+            trial
+            for trial in wave
+            if trial.number not in self.results
+            or (trial.stage == "final" and trial.number in failed)
+        ]
         if not missing:
             return
         kind = "final" if wave[0].stage == "final" else "climb" if wave[0].rung else "wave"
@@ -154,6 +171,8 @@ def pin(spec: Spec) -> Spec:
     Raises UserError where a source is missing, or a checkpoint is cut off or unsafe.
     """
     model, data = spec.model, spec.data
+    if data.cut == "whole" and spec.search.protocol != "paper":
+        raise UserError("data.cut='whole' does not keep splits apart: use search.protocol='paper'")
     inspect_checkpoint(
         fetch(model.source, allow_pickle=model.allow_pickle),
         allow_pickle=model.allow_pickle,

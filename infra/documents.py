@@ -25,13 +25,18 @@ Split = Literal["calibration", "selection", "report"]
 _WEIGHTS: dict[Split, int] = {"calibration": 2, "selection": 1, "report": 1}
 _TABLES = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv", ".json": "json"}
 _KINDS = [(".parquet",), (".jsonl",), (".csv",), (".json",), (".txt", ".raw"), (".md",)]
+# What a split must not share with another, and what that would be.
+_EXCLUDED: dict[Split, list[tuple[str, Split]]] = {
+    "selection": [("selecting", "report")],
+    "report": [("selecting", "selection"), ("calibrating", "calibration")],
+}
 _TITLE = re.compile(r" = [^=]+ = ?")
 
 
 def documents(data: DataSpec, split: Split) -> list[str]:
     """The distinct, non-empty documents of a split, in the order of their source.
 
-    Raises UserError when there are none, and when selection and report share a document.
+    Raises UserError when there are none, and when report shares a document with another.
     """
     found = _dealt(data, split)
     if not found:
@@ -39,15 +44,14 @@ def documents(data: DataSpec, split: Split) -> list[str]:
             f"{data.source_of(split)} has no document for data.{split}: give more text, "
             "or a source of its own"
         )
-    if split != "calibration":
-        other: Split = "report" if split == "selection" else "selection"
+    for use, other in _EXCLUDED.get(split, ()):
         if data.source_of(other) != data.source_of(split) and (
             shared := set(found) & set(_dealt(data, other))
         ):
             raise UserError(
-                f"selecting on the report split: {len(shared)} documents are in both "
-                f"data.selection ({data.source_of('selection')}) and data.report "
-                f"({data.source_of('report')}), e.g. {min(shared)[:60]!r}"
+                f"{use} on the report split: {len(shared)} documents are in both data.{other} "
+                f"({data.source_of(other)}) and data.{split} ({data.source_of(split)}), "
+                f"e.g. {min(shared)[:60]!r}"
             )
     return found
 

@@ -76,7 +76,7 @@ def propose(
 def paper_grid(high: float) -> list[float]:
     """The published candidates: uniform and every multiple of 0.002 below the bound."""
     betas = [0.0]
-    while (beta := round(len(betas) * PAPER_STEP, 6)) < high:
+    while (beta := round(len(betas) * PAPER_STEP, 6)) < high * (1 - 1e-9):
         betas.append(beta)
     return betas
 

@@ -69,8 +69,8 @@ class RunStore:
         self._lock = lock
 
     @classmethod
-    def open(cls, spec: Spec) -> RunStore:
-        """Create or resume the run that `spec.run.dir` names.
+    def open(cls, spec: Spec, command: str = "search") -> RunStore:
+        """Create or resume the run of a command that `spec.run.dir` names.
 
         Raises UserError if another process has it open, it belongs to another spec or version, or
         it cannot be written.
@@ -84,7 +84,7 @@ class RunStore:
                 (directory / folder).mkdir(parents=True, exist_ok=True)
         lock = _acquire(directory)
         try:
-            identity = json.loads(json.dumps(spec.identity()))
+            identity = json.loads(json.dumps(spec.identity() | {"command": command}))
             if resumed := (directory / "run.json").exists():
                 header = _read_header(directory)
                 begun = any((directory / "waves").glob("*.json"))

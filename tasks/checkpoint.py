@@ -49,6 +49,7 @@ def save_checkpoint(
         facts = {
             "version": 1,
             "model": spec.model.source,
+            "dtype": spec.model.dtype,
             "dense_sha256": modality.weights.sha256,
             "method": spec.prune.method,
             "allocation": spec.prune.allocation,

@@ -41,7 +41,11 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     modality = loaded(spec.model)
     params = modality.record(spec.model.source).block_params()
     rates = block_rates(spec.prune, params)
-    calibration = modality.calibration_batches(spec.data, spec.calibration, divisor=batch_divisor)
+    calibration = []
+    if any(rates):
+        calibration = modality.calibration_batches(
+            spec.data, spec.calibration, divisor=batch_divisor
+        )
     evaluation = modality.evaluation_batches(
         spec.data, spec.split, spec.windows, spec.context, divisor=batch_divisor
     )

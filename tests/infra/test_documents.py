@@ -143,12 +143,13 @@ def test_selecting_on_the_report_split_is_refused(tmp_path: Path) -> None:
                 documents(data, split)
 
 
-def test_a_document_that_was_dealt_to_calibration_may_be_reported(tmp_path: Path) -> None:
+def test_a_document_that_was_dealt_to_another_split_is_not_reported(tmp_path: Path) -> None:
     rows = [f"document {number}" for number in range(60)]
     a, b = write_rows(tmp_path / "a.jsonl", rows), tmp_path / "b.txt"
     calibration = documents(DataSpec(source=a, report="unread"), "calibration")
     b.write_text(calibration[0])
-    assert documents(DataSpec(source=a, report=str(b)), "report") == calibration[:1]
+    with pytest.raises(UserError, match="calibrating on the report split"):
+        documents(DataSpec(source=a, report=str(b)), "report")
     b.write_text(next(row for row in rows if row not in calibration))
     with pytest.raises(UserError, match="selecting on the report split"):
         documents(DataSpec(source=a, report=str(b)), "report")
