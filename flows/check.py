@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.live import duration
-from flows.plan import kinds_of_trial, ladder, planned_passes
+from flows.plan import kinds_of_trial, ladder, planned_passes, token_passes, waves_left
 from flows.search import pin
 from infra.cluster import connect
 from infra.records import ModelRecord, TrialSpec
@@ -33,7 +33,6 @@ def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
         model = cluster.call(describe_model, trials)
         tokens, seconds = cluster.call(time_dense, trials[0])
         where = cluster.describe()
-    passes = planned_passes(spec, model, {})
     low, high = beta_bounds(model.block_params(), spec.prune.sparsity)
     answer = {
         "model": model.model_dump(exclude={"matrices"}),
@@ -44,8 +43,8 @@ def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
         },
         "beta": {"low": low, "high": high},
         "rungs": [vars(rung) for rung in ladder(spec)],
-        "token_passes": passes,
-        "seconds": passes * seconds / tokens / where["parallel"],
+        "token_passes": planned_passes(spec, model, {}),
+        "seconds": _passes_in_turn(spec, model, where["parallel"]) * seconds / tokens,
         "memory_bytes": max(_memory(model, trial) for trial in trials),
         "cluster": where,
     }
@@ -65,6 +64,12 @@ def _block(model: ModelRecord, index: int) -> dict[str, Any]:
     }
 
 
+def _passes_in_turn(spec: Spec, model: ModelRecord, parallel: int) -> int:
+    """Token passes that wait for one another: a wave's trials run side by side, waves do not."""
+    waves = (sorted(map(token_passes, wave)) for wave in waves_left(spec, model, {}))
+    return sum(sum(wave[::-1][::parallel]) for wave in waves)
+
+
 def _memory(model: ModelRecord, trial: TrialSpec) -> int:
     """Private bytes of a trial: hidden states of all batches, one block, the head's logits.
 
@@ -74,7 +79,7 @@ def _memory(model: ModelRecord, trial: TrialSpec) -> int:
     states = trial.calibration.samples * trial.calibration.length
     states += trial.windows * trial.context * (2 if trial.error_curves else 1)
     kept = sum(model.block_params()) if trial.checkpoint else max(model.block_params())
-    logits = 2 * max(2048, trial.context) * model.outputs
+    logits = 2 * max(model.batch_tokens, trial.context) * model.outputs
     return size * (states * model.width + kept + logits)
 
 

@@ -9,7 +9,7 @@ depends on finished results alone, a resumed run proposes what the undisturbed o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,25 +118,31 @@ def token_passes(trial: TrialSpec) -> int:
 
 
 def planned_passes(spec: Spec, model: ModelRecord | None, results: Results) -> int:
-    """Token passes of the whole run: what is done, and the most that can still come.
+    """Token passes of the whole run: what is done, and the most that can still come."""
+    done = sum(token_passes(result.spec) for result in results.values())
+    return done + sum(token_passes(t) for wave in waves_left(spec, model, results) for t in wave)
+
+
+def waves_left(
+    spec: Spec, model: ModelRecord | None, results: Results
+) -> Iterator[list[TrialSpec]]:
+    """As many waves, and as large, as can still come.
 
     How long a grid is depends on the model; without one, `search.scouts` stands for it.
     """
-    done = sum(token_passes(result.spec) for result in results.values())
-    rungs = ladder(spec)
-    tried = [sum(_is(r, rung) for r in results.values()) for rung in range(len(rungs))]
+    if any(result.spec.stage == "final" for result in results.values()):
+        return
+    tried = [sum(_is(r, rung) for r in results.values()) for rung in range(len(ladder(spec)))]
+    reached = max((rung for rung, count in enumerate(tried) if count), default=0)
     scouts = spec.search.scouts
     if spec.search.sampler == "grid" and model is not None:
         scouts = len(paper_grid(beta_bounds(model.block_params(), spec.prune.sparsity)[1]))
-    most = [scouts] + [spec.search.climbers] * (len(rungs) - 1)
-    reached = max((rung for rung, count in enumerate(tried) if count), default=0)
-    left = sum(
-        max(0, most[rung] - tried[rung]) * token_passes(search_trial(spec, 0.0, rung))
-        for rung in range(reached, len(rungs))
-    )
-    finals = sum(map(token_passes, final_wave(spec, 1e-9, {})))
-    finished = any(result.spec.stage == "final" for result in results.values())
-    return done if finished else done + left + finals
+    for rung in range(reached, len(tried)):
+        left = (spec.search.climbers if rung else scouts) - tried[rung]
+        while left > 0:
+            yield [search_trial(spec, 0.0, rung)] * min(left, spec.search.wave)
+            left -= spec.search.wave
+    yield final_wave(spec, 1e-9, {})
 
 
 def _scouts(spec: Spec, model: ModelRecord, results: Results) -> list[TrialSpec]:

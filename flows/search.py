@@ -97,10 +97,10 @@ class _Run:
         model_spec = self.spec.model.model_copy(update={"dtype": model.dtype})
         self.spec = self.spec.model_copy(update={"model": model_spec})
         for wave in self.store.waves():
-            self._finish(wave)
+            self._finish(wave, model)
         while wave := plan(self.spec, model, self.results):
             self.store.write_wave(len(self.store.waves()), wave)
-            self._finish(wave)
+            self._finish(wave, model)
         self._publish()
         self.tell("report")
         report = write_report(self.store.dir)
@@ -127,7 +127,7 @@ class _Run:
         )
         return model
 
-    def _finish(self, wave: list[TrialSpec]) -> None:
+    def _finish(self, wave: list[TrialSpec], model: ModelRecord) -> None:
         # The final comparison needs all of its trials, so one that failed is tried once more.
         failed = {n for n, r in self.results.items() if r.state == "failed"}
         missing = [
@@ -139,10 +139,15 @@ class _Run:
         if not missing:
             return
         kind = "final" if wave[0].stage == "final" else "climb" if wave[0].rung else "wave"
-        planned = planned_passes(self.spec, self.store.model(), self.results)
+        planned = planned_passes(self.spec, model, self.results)
         betas = [trial.prune.beta for trial in wave]
         self.tell(kind, rung=wave[0].rung, betas=betas, planned=planned)
         for result in self.cluster.run(run_trial, missing):
+            if result.state == "complete" and result.weights_sha256 != model.sha256:
+                raise UserError(
+                    f"{self.spec.model.source} on {result.host} holds other weights than this run "
+                    "began with: restore them or choose another run.dir"
+                )
             self.store.write_result(result)
             self.results[result.spec.number] = result
             if self.studies is not None:

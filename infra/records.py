@@ -39,6 +39,7 @@ class ModelRecord(Frozen):
     context: int = Field(description="longest context the model states")
     width: int = Field(0, description="of the hidden state")
     outputs: int = Field(0, description="of the head: the vocabulary of a language model")
+    batch_tokens: int = Field(0, description="that pass a block, and the head, at once")
     adds_bos: bool
     dense_loss: float = Field(0.0, description="nats per token on two windows of selection text")
     data_sha256: dict[str, str] = Field(default={}, description="of the documents of each split")
@@ -81,6 +82,7 @@ class BlockError(Frozen):
 class Cost(Frozen):
     """What a trial took."""
 
+    cold: bool = Field(False, description="the model was loaded for it")
     load_s: float = 0.0
     sweep_s: float = 0.0
     total_s: float = 0.0
@@ -105,6 +107,7 @@ class TrialResult(Frozen):
     errors: list[BlockError] = []
     cost: Cost = Cost()
     attempts: int = Field(1, description="dispatches, the lost ones included")
+    weights_sha256: str = Field("", description="of the dense weights that it began with")
     host: str = ""
     node: str = Field("", description="Ray's id of the node that ran it")
     device: str = ""

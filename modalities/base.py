@@ -10,6 +10,7 @@ those of a block only between `attach_block` and `release_block`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,6 +135,15 @@ class Modality(ABC):
         """Forget what was done to a block's weights and free the device's copy."""
         block = self.blocks[index]
         self.weights.release(block.module, f"{block.name}.")
+
+    def states_limit_bytes(self) -> float:
+        """How much of the hidden states may wait on the device; more than that waits on the host.
+
+        A quarter of the device's memory, so that two trials may share one.
+        """
+        if self.device.type == "cpu":
+            return math.inf
+        return torch.cuda.get_device_properties(self.device).total_memory / 4
 
     @contextmanager
     def streaming(self) -> Iterator[None]:

@@ -146,8 +146,8 @@ def _block_names(model: nn.Module, forward: Callable[[], Any]) -> list[str]:
 
 def _recorder(name: str, calls: dict[str, list[_Call]], order: list[str]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        given = _hidden_state((args, kwargs))
-        made = _hidden_state(output)
+        given = hidden_state((args, kwargs))
+        made = hidden_state(output)
         if given is not None and made is not None:
             calls.setdefault(name, []).append(_Call(given.shape, made.shape))
             order.append(name)
@@ -155,7 +155,7 @@ def _recorder(name: str, calls: dict[str, list[_Call]], order: list[str]) -> Cal
     return hook
 
 
-def _hidden_state(tree: Any) -> Tensor | None:
+def hidden_state(tree: Any) -> Tensor | None:
     """The first floating tensor of at least three dimensions."""
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim >= 3:

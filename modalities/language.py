@@ -120,7 +120,7 @@ class LanguageModality(Modality):
                 f"the tokenizer does not match the model: it made token {int(cut.ids.max())}, "
                 f"the model has {vocabulary} embeddings; set model.tokenizer"
             )
-        rows = max(1, _TOKENS_PER_BATCH.get(self.device.type, 2048) // length // divisor)
+        rows = max(1, _TOKENS_PER_BATCH[self.device.type] // length // divisor)
         return [
             Batch(cut.ids[i : i + rows].to(self.device), cut.bytes[i : i + rows])
             for i in range(0, count, rows)
@@ -176,6 +176,7 @@ class LanguageModality(Modality):
         return {
             "width": int(self.model.get_input_embeddings().weight.shape[1]),  # type: ignore[operator]
             "outputs": _vocabulary(self.model),
+            "batch_tokens": _TOKENS_PER_BATCH[self.device.type],
             "context": _context(self.model),
             "adds_bos": self._adds_bos,
             "licence": self.licence,

@@ -14,6 +14,7 @@ has entered when it pauses is set aside at every switch, so that it never reache
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves
 
 from infra.errors import UserError
+from modalities.blocks import hidden_state
 
 _DEVICES = ("cpu", "cuda")
 
@@ -128,10 +130,16 @@ class Lockstep(AbstractContextManager["Lockstep"]):
 
     Raises UserError, naming the block, where a block is visited again by the same forward,
     changes its arguments or is given a cache: a second pass would then see other inputs.
+
+    The hidden states of waiting runs stay where they are up to `limit_bytes` in all; the rest wait
+    in host memory.
     """
 
-    def __init__(self, blocks: Sequence[tuple[str, nn.Module]]) -> None:
-        self.blocks = blocks
+    def __init__(
+        self, blocks: Sequence[tuple[str, nn.Module]], *, limit_bytes: float = math.inf
+    ) -> None:
+        self.blocks, self.limit_bytes = blocks, limit_bytes
+        self._held_bytes = 0
         self._before: list[Any] = []
         self._runs: list[Run] = []
 
@@ -181,7 +189,7 @@ class Lockstep(AbstractContextManager["Lockstep"]):
             visitors.add(visitor)
             _refuse_cache(name, args, kwargs)
             while True:
-                how: Pass = pause(AtBlock(index))
+                how: Pass = self._wait(index, hidden_state((args, kwargs)))
                 before = _versions(block, args, kwargs)
                 with how.watch:
                     output = original(*args, **kwargs)
@@ -197,6 +205,22 @@ class Lockstep(AbstractContextManager["Lockstep"]):
                 del output
 
         return forward
+
+    def _wait(self, index: int, state: torch.Tensor | None) -> Any:
+        if state is None:
+            return pause(AtBlock(index))
+        if self._held_bytes + state.nbytes <= self.limit_bytes:
+            self._held_bytes += state.nbytes
+            try:
+                return pause(AtBlock(index))
+            finally:
+                self._held_bytes -= state.nbytes
+        # The model's own frames hold this tensor too, so its contents move, not the argument.
+        device = state.device
+        state.data = state.data.to("cpu", copy=True)
+        how = pause(AtBlock(index))
+        state.data = state.data.to(device)
+        return how
 
 
 def _versions(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:

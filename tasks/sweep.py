@@ -95,7 +95,8 @@ class _Sweep:
         calibration = calibration if self.pruning else ()
         last = len(blocks) - 1
         with torch.no_grad(), ExitStack() as stack:
-            lockstep = stack.enter_context(Lockstep(blocks))
+            limit = modality.states_limit_bytes()
+            lockstep = stack.enter_context(Lockstep(blocks, limit_bytes=limit))
             stack.callback(self._restore)
             calibrating = [lockstep.start(partial(modality.run, b)) for b in calibration]
             evaluating = [lockstep.start(partial(modality.losses, b)) for b in evaluation]

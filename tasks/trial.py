@@ -38,6 +38,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     from tasks.checkpoint import save_checkpoint
     from tasks.sweep import sweep
 
+    before = list(_loaded)
     modality = loaded(spec.model)
     params = modality.record(spec.model.source).block_params()
     rates = block_rates(spec.prune, params)
@@ -80,7 +81,9 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         matrices=outcome.matrices,
         fallbacks=outcome.fallbacks,
         errors=outcome.errors,
+        weights_sha256=modality.weights.sha256,
         cost=Cost(
+            cold=list(_loaded) != before,
             load_s=ready - started,
             sweep_s=swept - ready,
             total_s=time.perf_counter() - started,

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from infra.environment import CHECKOUT
 from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
 from infra.specs import CalibrationSpec, ClusterSpec, DataSpec, ModelSpec, PruneSpec
+from tasks.trial import run_trial
 from tests.infra.trials import act, environment, refuse
+from tests.models import write_checkpoint, write_text
 
 SMALL = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
 
@@ -69,6 +72,26 @@ def test_two_trials_at_once_on_two_nodes(cluster: Cluster, tmp_path: Path) -> No
     nodes = {node["node"] for node in cluster.describe()["nodes"]}
     assert {result.node for result in results} == nodes
     assert len(nodes) == 2
+
+
+def test_each_node_loads_the_model_once(cluster: Cluster, tmp_path: Path) -> None:
+    model = ModelSpec(source=str(write_checkpoint("llama", tmp_path)))
+    data = write_text(tmp_path / "text.txt")
+    specs = [
+        trial(number, "").model_copy(
+            update={
+                "model": model,
+                "data": data,
+                "calibration": CalibrationSpec(samples=2, length=16),
+                "context": 16,
+            }
+        )
+        for number in range(6)
+    ]
+    results = list(cluster.run(run_trial, specs))
+    assert [result.cause for result in results] == [""] * 6
+    loads = Counter(result.node for result in results if result.cost.cold)
+    assert loads == {node["node"]: 1 for node in cluster.describe()["nodes"]}
 
 
 def test_workers_stay_warm(cluster: Cluster) -> None:

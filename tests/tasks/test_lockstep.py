@@ -29,6 +29,18 @@ def test_results_equal_a_plain_forward(again: bool) -> None:
         assert all(torch.equal(y, model(x)) for x, y in zip(inputs, results, strict=True))
 
 
+def test_states_above_the_limit_wait_in_host_memory() -> None:
+    model = Model()
+    inputs = [torch.randn(2, 5, WIDTH) for _ in range(3)]
+    before = [x.data_ptr() for x in inputs]
+    with torch.no_grad(), Lockstep(model.named(), limit_bytes=2 * inputs[0].nbytes) as lockstep:
+        runs = [lockstep.start(lambda x=x: model(x)) for x in inputs]
+        assert [x.data_ptr() == old for x, old in zip(inputs, before, strict=True)] == [1, 1, 0]
+        results = drive(lockstep, runs, again=True)
+    with torch.no_grad():
+        assert all(torch.equal(y, model(x)) for x, y in zip(inputs, results, strict=True))
+
+
 class Skipping(Model):
     """Passes some blocks by, as text passes by a vision tower."""
 
