@@ -65,8 +65,8 @@ def _spec(checkpoint: Path, overrides: list[str]) -> Spec:
         saved = json.loads(facts.read_text(encoding="utf-8"))
         raw = {"data": saved["data"], "evaluation": saved["evaluation"]}
         raw["model"] = {"dtype": saved["dtype"]}
-        if any(override.startswith("data.source=") for override in overrides):
-            raw["data"] |= {"calibration": "", "selection": "", "report": ""}
+        if any(override.startswith(("data.source=", "data.report=")) for override in overrides):
+            raw["data"] |= {"source": "", "calibration": "", "selection": "", "report": ""}
     apply_overrides(raw, overrides)
     raw.setdefault("model", {})["source"] = str(checkpoint)
     raw.setdefault("prune", {})["sparsity"] = 0.0

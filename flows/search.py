@@ -22,7 +22,7 @@ from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import StudyMirror
 from infra.sources import fetch, pinned
-from infra.specs import Spec
+from infra.specs import MISSING_SOURCE, Spec
 from infra.store import RunStore, write_atomic
 from tasks.allocation import beta_bounds, block_rates
 from tasks.model_card import model_card
@@ -176,6 +176,8 @@ def pin(spec: Spec) -> Spec:
     Raises UserError where a source is missing, or a checkpoint is cut off or unsafe.
     """
     model, data = spec.model, spec.data
+    if not data.source and not (data.calibration and data.selection and data.report):
+        raise UserError(MISSING_SOURCE)
     if data.cut == "whole" and spec.search.protocol != "paper":
         raise UserError("data.cut='whole' does not keep splits apart: use search.protocol='paper'")
     inspect_checkpoint(

@@ -45,7 +45,7 @@ def documents(data: DataSpec, split: Split) -> list[str]:
             "or a source of its own"
         )
     for use, other in _EXCLUDED.get(split, ()):
-        if data.source_of(other) != data.source_of(split) and (
+        if data.source_of(other) not in ("", data.source_of(split)) and (
             shared := set(found) & set(_dealt(data, other))
         ):
             raise UserError(

@@ -6,6 +6,7 @@
 Both must run before anything heavy is imported: these libraries read their variables on import.
 """
 
+import ctypes
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,7 @@ QUIET = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def prepare() -> None:
@@ -38,6 +40,18 @@ def prepare() -> None:
     os.environ.update(TELEMETRY_OFF)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+
+
+def reuse_freed_memory() -> None:
+    """Let a process that computes keep what it frees, for the next of many equal buffers.
+
+    glibc hands every large buffer back to the kernel, which clears its pages anew at the next use:
+    a tenth of a sweep's time on a CPU. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def guard() -> None:

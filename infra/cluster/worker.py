@@ -37,6 +37,7 @@ class Worker:
 
     def __init__(self, threads: int) -> None:
         environment.prepare()
+        environment.reuse_freed_memory()
         os.environ["OMP_NUM_THREADS"] = str(threads)  # torch reads it when it is imported
 
     def trial(

@@ -17,6 +17,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 from flows.plan import search_trial
+from infra.environment import reuse_freed_memory
 from infra.records import TrialSpec
 from infra.specs import load_spec
 from tasks.trial import loaded, run_trial
@@ -79,6 +80,7 @@ def _measure(specs: list[TrialSpec]) -> tuple[float, float]:
 
 
 def _trial(spec: TrialSpec, barrier: Barrier) -> None:
+    reuse_freed_memory()
     modality = loaded(spec.model)
     sum(float(parameter.sum()) for parameter in modality.model.parameters())
     barrier.wait()

@@ -21,6 +21,7 @@ from typing import Any
 
 from flows.plan import next_wave, search_trial
 from infra.documents import documents
+from infra.environment import reuse_freed_memory
 from infra.records import TrialResult, TrialSpec
 from infra.sources import cache_dir, fetch
 from infra.specs import DataSpec, Spec, load_spec
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench-scouts.jsonl"))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    reuse_freed_memory()  # as a worker does
     base = load_spec(
         "flows/specs/quickstart.toml",
         [

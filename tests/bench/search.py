@@ -17,6 +17,7 @@ import math
 import time
 
 from flows.plan import next_wave, search_trial, token_passes
+from infra.environment import reuse_freed_memory
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import paper_grid
 from infra.specs import Spec, load_spec
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--spec", default="flows/specs/quickstart.toml")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    reuse_freed_memory()  # as a worker does
     spec = load_spec(
         options.spec,
         [

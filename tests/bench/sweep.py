@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from flows.plan import search_trial
+from infra.environment import reuse_freed_memory
 from infra.records import TrialSpec
 from infra.specs import load_spec
 from modalities.base import Modality
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--spec", default="flows/specs/quickstart.toml")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    reuse_freed_memory()  # as a worker does
     sizes = [
         f"calibration.samples={options.samples}",
         f"evaluation.selection_windows={options.windows}",

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infra.sources import sha256_of
@@ -160,6 +161,21 @@ def test_a_second_call_repeats_nothing(
     again = report_of(folder)
     for key in ("dense", "uniform", "best", "gain", "trials"):
         assert again[key] == report[key]
+
+
+def test_a_run_does_not_go_on_with_other_weights(tmp_path: Path, cache: Path) -> None:
+    spec = write_project(tmp_path)
+    assert run("search", spec, "search.scouts=1", cache=cache).returncode == 0
+    trials = sorted((tmp_path / "run" / "trials").iterdir())
+    trials[-1].unlink()
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, weights, metadata={"format": "pt"})
+    done = run("search", spec, "search.scouts=1", cache=cache)
+    assert done.returncode == 2
+    assert "holds other weights than this run began with" in done.stderr
+    assert not trials[-1].exists()
 
 
 @pytest.fixture
