@@ -1,6 +1,7 @@
-"""Optuna: which beta to try next, and a view of a search for Optuna's own tools.
+"""Optuna: which numbers to try next, and a view of a search for Optuna's own tools.
 
-    propose(sampler="bracket", seed=0, wave=2, count=4, low=-0.0276, high=0.0276, history=history)
+    bounds = {"beta": (-0.0276, 0.0276)}
+    propose(sampler="auto", seed=0, wave=4, tried=4, count=4, bounds=bounds, history=history)
 
 Proposals depend on the arguments alone, so that a resumed search proposes what the undisturbed one
 would have. This is the only module that imports optuna, and only when it is used.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,55 +27,108 @@ if TYPE_CHECKING:
 # The first candidates, as tilts (beta over the bound on its side): uniform, two on the side where
 # the best nearly always is, one on the other. tests/bench/samplers.py compares spreads.
 FIRST_TILTS = (0.0, 0.25, 0.55, -0.25)
+FIRST_SHARES = (0.0, 0.25, 0.55, 0.85)  # the same where uniform is the lowest value there is
 PAPER_STEP = 0.002
+GRID_STEPS = 10
 RETRY_S = 60.0
+
+Values = Mapping[str, float]
+Bounds = Mapping[str, tuple[float, float]]
+History = Sequence[tuple[Values, float | None]]
 
 
 def propose(
-    *,
-    sampler: str,
-    seed: int,
-    wave: int,
-    count: int,
-    low: float,
-    high: float,
-    history: Sequence[tuple[float, float | None]],
-) -> list[float]:
-    """Betas to try next, `count` of them (fewer once a grid is used up).
+    *, sampler: str, seed: int, wave: int, count: int, bounds: Bounds, history: History
+) -> list[dict[str, float]]:
+    """Values to try next, `count` of them (fewer once a grid is used up); uniform is all zeros.
 
-    `history` holds beta and loss (None: failed) of every earlier candidate, in number order; `low`
-    and `high` bound beta and are never proposed. `seed` and `wave` seed the random samplers.
+    `history` holds values and loss (None: failed) of every earlier candidate, in number order;
+    bounds are never proposed. `wave` is how many candidates every wave after the first has.
+    `auto` is `bracket` for one number, `gp` for a few, `cmaes` for many.
     """
-    if sampler != "grid" and sampler not in SAMPLERS:
-        raise UserError(f"search.sampler={sampler!r} is unknown: {nearest(sampler, SAMPLERS)}")
-    tried = [beta for beta, _ in history]
+    if sampler == "auto":
+        sampler = "bracket" if len(bounds) == 1 else "gp" if len(bounds) < 8 else "cmaes"
+    if sampler not in (known := [*SAMPLERS, "cmaes", "grid"]):
+        raise UserError(f"search.sampler={sampler!r} is unknown: {nearest(sampler, known)}")
+    if len(bounds) > 1 and sampler in ("bracket", "grid"):
+        raise UserError(
+            f"search.sampler={sampler!r} searches one number, not {', '.join(bounds)}: use auto"
+        )
+    name, (low, high) = next(iter(bounds.items()))
     if sampler == "grid":
-        return [beta for beta in paper_grid(high) if beta not in tried][:count]
-    first = [tilt * high if tilt >= 0 else -tilt * low for tilt in FIRST_TILTS[len(history) :]]
-    betas = first[:count]
-    if len(betas) == count:
-        return betas
+        tried = [values[name] for values, _ in history]
+        return [{name: value} for value in grid(name, high) if value not in tried][:count]
+    first = [{each: 0.0 for each in bounds}]
+    if len(bounds) == 1:
+        tilts = FIRST_TILTS if low < 0 else FIRST_SHARES
+        first = [{name: tilt * high if tilt >= 0 else -tilt * low} for tilt in tilts]
+    first = first[len(history) : len(history) + count]
+    if len(first) == count or (first and len(bounds) > 1):
+        return first
 
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    low, high = (bound * (1 - 1e-6) for bound in (low, high))  # gp likes to propose a bound itself
-    space: dict[str, optuna.distributions.BaseDistribution] = {
-        "beta": optuna.distributions.FloatDistribution(low, high)
-    }
-    study = optuna.create_study(sampler=SAMPLERS[sampler]((seed * 1_000_003 + wave) % 2**32))
-    for beta, loss in history:
-        study.add_trial(_frozen(beta, loss, low, high, {}))
-    for beta in betas:  # running trials, which the sampler keeps away from
-        study.enqueue_trial({"beta": beta})
+    space = _space(bounds)
+    if sampler == "cmaes":
+        return _replayed(bounds, space, seed, wave, count, history)
+    study = optuna.create_study(sampler=SAMPLERS[sampler](_seed(seed, len(history))))
+    for values, loss in history:
+        study.add_trial(_frozen(values, loss, bounds, {}))
+    for values in first:  # running trials, which the sampler keeps away from
+        study.enqueue_trial(values)
         study.ask(space)
-    while len(betas) < count:
-        betas.append(float(study.ask(space).params["beta"]))
-    return betas
+    return first + [dict(study.ask(space).params) for _ in range(count - len(first))]
+
+
+def _seed(seed: int, tried: int) -> int:
+    return (seed * 1_000_003 + tried) % 2**32
+
+
+def _space(bounds: Bounds) -> dict[str, optuna.distributions.BaseDistribution]:
+    """A little inside of the bounds: gp likes to propose a bound itself."""
+    import optuna
+
+    inside = {n: (low, high, 1e-6 * (high - low)) for n, (low, high) in bounds.items()}
+    return {n: optuna.distributions.FloatDistribution(a + e, b - e) for n, (a, b, e) in inside.items()}
+
+
+def _replayed(
+    bounds: Bounds,
+    space: dict[str, optuna.distributions.BaseDistribution],
+    seed: int,
+    wave: int,
+    count: int,
+    history: History,
+) -> list[dict[str, float]]:
+    """CMA-ES has a state, which follows from the seed and the losses in the order they were told.
+
+    It begins in the middle, and each wave after uniform is a generation.
+    """
+    import optuna
+
+    study = optuna.create_study(sampler=optuna.samplers.CmaEsSampler(seed=seed, popsize=wave))
+    study.add_trial(  # of the same distributions, or none of what follows is taken for its kind
+        optuna.trial.create_trial(params=dict(history[0][0]), distributions=space, value=0.0)
+    )
+    for start in range(1, len(history), wave):
+        generation = history[start : start + wave]
+        asked = [study.ask(space) for _ in generation]
+        for trial, (_, loss) in zip(asked, generation, strict=True):
+            failed = optuna.trial.TrialState.FAIL if loss is None else None
+            study.tell(trial, loss, state=failed)
+    return [dict(study.ask(space).params) for _ in range(count)]
+
+
+def grid(name: str, high: float) -> list[float]:
+    """Uniform, and for beta the published multiples of 0.002, else tenths of the bound."""
+    if name == "beta":
+        return paper_grid(high)
+    return [high * step / GRID_STEPS for step in range(GRID_STEPS)]
 
 
 def paper_grid(high: float) -> list[float]:
-    """The published candidates: uniform and every multiple of 0.002 below the bound."""
+    """Uniform and every multiple of 0.002 below the bound, as published."""
     betas = [0.0]
     while (beta := round(len(betas) * PAPER_STEP, 6)) < high * (1 - 1e-9):
         betas.append(beta)
@@ -174,16 +228,18 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
 
 
 def _frozen(
-    beta: float, loss: float | None, low: float, high: float, attrs: dict[str, float]
+    values: Values, loss: float | None, bounds: Bounds, attrs: dict[str, float]
 ) -> optuna.trial.FrozenTrial:
     import optuna
 
     return optuna.trial.create_trial(
         state=optuna.trial.TrialState.FAIL if loss is None else optuna.trial.TrialState.COMPLETE,
         value=loss,
-        params={"beta": beta},
+        params=dict(values),
         distributions={
-            "beta": optuna.distributions.FloatDistribution(min(low, beta), max(high, beta))
+            name: optuna.distributions.FloatDistribution(min(low, value), max(high, value))
+            for name, value in values.items()
+            for low, high in (bounds[name],)
         },
         user_attrs=attrs,
     )
@@ -198,12 +254,12 @@ class StudyMirror:
     tried again once a minute and at `close`, and `rebuild` at the next start tells the rest.
     """
 
-    def __init__(self, run_dir: Path, run_id: str, storage: str, low: float, high: float) -> None:
+    def __init__(self, run_dir: Path, run_id: str, storage: str, bounds: Bounds) -> None:
         self.url = storage or f"sqlite:///{run_dir.resolve() / 'optuna.db'}"
         self.problem = ""
         self._name = run_dir.resolve().name
         self._run_id = run_id
-        self._bounds = (low, high)
+        self._bounds = bounds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="optuna")
         # what follows belongs to the thread
         self._waiting: list[TrialResult] = []
@@ -255,7 +311,7 @@ class StudyMirror:
         loss = result.loss if result.state == "complete" else None
         if loss is not None:
             attrs["perplexity"] = math.exp(loss)
-        study.add_trial(_frozen(result.beta, loss, *self._bounds, attrs))
+        study.add_trial(_frozen(result.numbers, loss, self._bounds, attrs))
         known.add(result.spec.number)
 
     def _open(self, rung: int) -> tuple[optuna.Study, set[int]]:
