@@ -2,22 +2,22 @@
 
     wave = next_wave(spec, model, results)     # [] when nothing is left
 
-Scouts look for beta on little data; the candidates that a paired test has not ruled out climb to
+Scouts look for the numbers of an allocation (beta, or those of another) on little data; the candidates that a paired test has not ruled out climb to
 rungs with more; the best is then compared with uniform on the report split. Because the answer
 depends on finished results alone, a resumed run proposes what the undisturbed one would have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult, TrialSpec
-from infra.samplers import paper_grid, propose
+from infra.samplers import grid, propose
 from infra.specs import PruneSpec, Spec
-from tasks.allocation import beta_bounds
+from tasks.allocation import bounds_of, with_values
 from tasks.statistics import ruled_out
 
 Results = Mapping[int, TrialResult]
@@ -49,21 +49,28 @@ def ladder(spec: Spec) -> list[Rung]:
 def next_wave(spec: Spec, model: ModelRecord, results: Results) -> list[TrialSpec]:
     """The next trials of a search; results of all earlier waves must be there.
 
-    Raises UserError where every candidate of the first rung failed.
+    An allocation without numbers goes straight to the final comparison. Raises UserError where
+    every candidate of the first rung failed.
     """
+    if not bounds_of(spec.prune, model.matrices) and not spec.prune.is_uniform:
+        return final_wave(spec, spec.prune, results, model.profile)
     scouts = _scouts(spec, model, results)
     if scouts:
         return _numbered(scouts, results)
     chosen, climbers = _climb(spec, results)
     if climbers:
         return _numbered(climbers, results)
-    return final_wave(spec, chosen, results)
+    return final_wave(spec, chosen, results, model.profile)
 
 
-def final_wave(spec: Spec, beta: float, results: Results) -> list[TrialSpec]:
-    """The comparison of one beta with uniform on the report split; [] when it is done."""
+def final_wave(
+    spec: Spec, best: PruneSpec, results: Results, profile: Sequence[float] = ()
+) -> list[TrialSpec]:
+    """The comparison of one candidate with uniform on the report split; [] when it is done."""
     if any(result.spec.stage == "final" for result in results.values()):
         return []
+    uniform = _uniform(spec.prune)
+    sides = [uniform] if best.is_uniform else [uniform, best]
     wave = [
         TrialSpec(
             number=0,
@@ -73,20 +80,23 @@ def final_wave(spec: Spec, beta: float, results: Results) -> list[TrialSpec]:
             calibration=spec.calibration.model_copy(
                 update={"seed": spec.calibration.seed + repeat}
             ),
-            prune=_at(spec.prune, candidate),
+            prune=candidate,
+            profile=list(profile),
             split="report",
             windows=spec.evaluation.report_windows,
             context=spec.evaluation.context,
             error_curves=repeat == 0,
-            checkpoint=repeat == 0 and candidate == beta,
+            checkpoint=repeat == 0 and candidate is sides[-1],
         )
         for repeat in range(spec.evaluation.calibration_seeds)
-        for candidate in dict.fromkeys((0.0, beta))
+        for candidate in sides
     ]
     return _numbered(wave, results)
 
 
-def search_trial(spec: Spec, beta: float, rung: int) -> TrialSpec:
+def search_trial(
+    spec: Spec, candidate: PruneSpec, rung: int, profile: Sequence[float] = ()
+) -> TrialSpec:
     """One candidate at one fidelity."""
     fidelity = ladder(spec)[rung]
     return TrialSpec(
@@ -96,17 +106,18 @@ def search_trial(spec: Spec, beta: float, rung: int) -> TrialSpec:
         model=spec.model,
         data=spec.data,
         calibration=spec.calibration.model_copy(update={"samples": fidelity.samples}),
-        prune=_at(spec.prune, beta),
+        prune=candidate,
+        profile=list(profile),
         split="report" if spec.search.protocol == "paper" else "selection",
         windows=fidelity.windows,
         context=spec.evaluation.context,
     )
 
 
-def kinds_of_trial(spec: Spec, beta: float = 0.0) -> list[TrialSpec]:
+def kinds_of_trial(spec: Spec) -> list[TrialSpec]:
     """One trial of every size that a run can hold, the cheapest first."""
-    searched = [search_trial(spec, 0.0, rung) for rung in range(len(ladder(spec)))]
-    return [*searched, *final_wave(spec, beta, {})]
+    searched = [search_trial(spec, spec.prune, rung) for rung in range(len(ladder(spec)))]
+    return [*searched, *final_wave(spec, spec.prune, {})]
 
 
 def token_passes(trial: TrialSpec) -> int:
@@ -135,40 +146,52 @@ def waves_left(
     tried = [sum(_is(r, rung) for r in results.values()) for rung in range(len(ladder(spec)))]
     reached = max((rung for rung, count in enumerate(tried) if count), default=0)
     scouts = spec.search.scouts
-    if spec.search.sampler == "grid" and model is not None:
-        scouts = len(paper_grid(beta_bounds(model.block_params(), spec.prune.sparsity)[1]))
-    for rung in range(reached, len(tried)):
+    if model is not None:
+        bounds = bounds_of(spec.prune, model.matrices)
+        if not bounds:
+            scouts = 0
+        elif spec.search.sampler == "grid":
+            (name, (_, high)), *_ = bounds.items()
+            scouts = len(grid(name, high))
+    for rung in range(reached, len(tried) if scouts else 0):
         left = (spec.search.climbers if rung else scouts) - tried[rung]
         while left > 0:
-            yield [search_trial(spec, 0.0, rung)] * min(left, spec.search.wave)
+            yield [search_trial(spec, spec.prune, rung)] * min(left, spec.search.wave)
             left -= spec.search.wave
-    yield final_wave(spec, 1e-9, {})
+    other = spec.prune.model_copy(update={"beta": 1e-9})
+    yield final_wave(spec, other, {})
 
 
 def _scouts(spec: Spec, model: ModelRecord, results: Results) -> list[TrialSpec]:
     tried = [result for _, result in sorted(results.items()) if _is(result, 0)]
-    grid = spec.search.sampler == "grid"
     if any(result.spec.rung > 0 or result.spec.stage == "final" for result in results.values()):
         return []
-    count = spec.search.wave if grid else min(spec.search.wave, spec.search.scouts - len(tried))
+    count = spec.search.wave
+    if spec.search.sampler != "grid":
+        count = min(count, spec.search.scouts - len(tried))
     if count <= 0:
         return []
-    low, high = beta_bounds(model.block_params(), spec.prune.sparsity)
-    if low == high:  # a single block, or nothing to prune: there is only uniform
-        return [] if tried else [search_trial(spec, 0.0, 0)]
-    betas = propose(
+    bounds = {n: b for n, b in bounds_of(spec.prune, model.matrices).items() if b[0] < b[1]}
+    if not bounds:  # a single block, or nothing to prune: there is only uniform
+        return [] if tried else [search_trial(spec, _uniform(spec.prune), 0)]
+    proposed = propose(
         sampler=spec.search.sampler,
         seed=spec.search.seed,
-        wave=len(tried),
+        wave=spec.search.wave,
         count=count,
-        low=low,
-        high=high,
-        history=[(r.beta, r.loss if r.state == "complete" else None) for r in tried],
+        bounds=bounds,
+        history=[
+            (
+                {name: r.numbers.get(name, 0.0) for name in bounds},
+                r.loss if r.state == "complete" else None,
+            )
+            for r in tried
+        ],
     )
-    return [search_trial(spec, beta, 0) for beta in betas]
+    return [search_trial(spec, _at(spec.prune, values), 0, model.profile) for values in proposed]
 
 
-def _climb(spec: Spec, results: Results) -> tuple[float, list[TrialSpec]]:
+def _climb(spec: Spec, results: Results) -> tuple[PruneSpec, list[TrialSpec]]:
     """The best candidate so far, and the trials of the next rung where it has rivals."""
     reached = max(result.spec.rung for result in results.values())
     complete = [r for r in results.values() if _is(r, reached) and r.state == "complete"]
@@ -185,17 +208,21 @@ def _climb(spec: Spec, results: Results) -> tuple[float, list[TrialSpec]]:
     rivals = [r for r in ranked if r is best or not ruled_out(r.losses, best.losses)]
     finals = any(result.spec.stage == "final" for result in results.values())
     if finals or len(rivals) < 2 or reached + 1 >= len(ladder(spec)):
-        return best.beta, []
-    climbers = rivals[: spec.search.climbers]
-    return best.beta, [search_trial(spec, r.beta, reached + 1) for r in climbers]
+        return best.spec.prune, []
+    climbers = [r.spec for r in rivals[: spec.search.climbers]]
+    return best.spec.prune, [search_trial(spec, c.prune, reached + 1, c.profile) for c in climbers]
 
 
 def _is(result: TrialResult, rung: int) -> bool:
     return result.spec.stage == "search" and result.spec.rung == rung
 
 
-def _at(prune: PruneSpec, beta: float) -> PruneSpec:
-    return prune.model_copy(update={"beta": beta})
+def _at(prune: PruneSpec, values: Mapping[str, float]) -> PruneSpec:
+    return with_values(prune, values) if any(values.values()) else _uniform(prune)
+
+
+def _uniform(prune: PruneSpec) -> PruneSpec:
+    return prune.model_copy(update={"allocation": "uniform", "beta": 0.0, "parameters": {}})
 
 
 def _numbered(wave: list[TrialSpec], results: Results) -> list[TrialSpec]:
