@@ -24,7 +24,7 @@ from infra.samplers import StudyMirror
 from infra.sources import fetch, pinned
 from infra.specs import MISSING_SOURCE, Spec
 from infra.store import RunStore, write_atomic
-from tasks.allocation import beta_bounds, block_rates
+from tasks.allocation import beta_bounds, check_rates
 from tasks.model_card import model_card
 from tasks.trial import describe_model, run_trial
 
@@ -90,7 +90,7 @@ class _Run:
                     "restore it or choose another run.dir"
                 )
         bounds = beta_bounds(model.block_params(), self.spec.prune.sparsity)
-        block_rates(self.spec.prune, model.block_params())  # an infeasible beta is refused here
+        check_rates(self.spec.prune, model.matrices)  # an infeasible beta is refused here
         self.studies = StudyMirror(self.store.dir, self.store.id, self.spec.search.storage, *bounds)
         self.studies.rebuild(self.results.values())
         # The dtype that `auto` meant on the first worker holds for all of them.

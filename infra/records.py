@@ -63,6 +63,9 @@ class TrialSpec(Frozen):
     data: DataSpec
     calibration: CalibrationSpec
     prune: PruneSpec
+    profile: list[float] = Field(
+        default=[], description="what an allocation measured, one number per matrix"
+    )
     split: Split
     windows: int
     context: int = Field(description="tokens per window")
@@ -101,7 +104,8 @@ class TrialResult(Frozen):
     dense_losses: list[float] = Field(default=[], description="the same of the dense model")
     tokens: list[int] = Field(default=[], description="scored tokens per window")
     bytes: list[int] = Field(default=[], description="UTF-8 bytes of them")
-    block_rates: list[float] = []
+    block_rates: list[float] = Field(default=[], description="mean over the weights of each block")
+    clamped: int = Field(0, description="rates that had to be clamped to stay in range")
     matrices: list[MatrixRecord] = []
     fallbacks: list[str] = Field(default=[], description="matrices that saw no calibration token")
     errors: list[BlockError] = []

@@ -88,8 +88,13 @@ class PruneSpec(Frozen):
 
     sparsity: float = Field(0.6, ge=0, lt=1, description="mean share of zeros")
     method: str = "wanda"
-    allocation: str = "arithmetic"
+    allocation: str = Field("arithmetic", description="a name, or a file of rates: rates.json")
     beta: float = Field(0.0, description="common difference for `prune`; `search` finds it")
+    parameters: dict[str, float] = Field(
+        {},
+        description="numbers of other allocations, such as {lambda = 0.08}; what is not given has "
+        "the published default",
+    )
     pause: Literal["block", "linear"] = Field(
         "linear", description="prune after two passes over a block, or product by product in one"
     )

@@ -56,6 +56,7 @@ def save_checkpoint(
             "pause": spec.prune.pause,
             "sparsity": spec.prune.sparsity,
             "beta": spec.prune.beta,
+            "parameters": spec.prune.parameters,
             "block_rates": list(rates),
             "calibration": spec.calibration.model_dump(),
             "data": spec.data.model_dump(),

@@ -61,7 +61,7 @@ def sweep(
     dense: bool = False,
     keep: bool = False,
 ) -> Outcome:
-    """Prune every matrix of block i at rates[i] and evaluate the pruned model.
+    """Prune the matrices at one rate each, as modality.matrices() orders them, and evaluate.
 
     `dense` lets a dense copy of the evaluation ride along, for its losses and the error of every
     block. `keep` leaves the pruned weights in the model; otherwise each block is dense again as
@@ -78,10 +78,10 @@ class _Sweep:
         self.modality, self.method, self.pause_at, self.keep = modality, method, pause_at, keep
         self.outcome = Outcome()
         plan = modality.matrices()
-        zeros = zeros_per_matrix([rates[m.block] for m in plan], [m.params for m in plan])
+        zeros = zeros_per_matrix(rates, [m.params for m in plan])
         records = iter(
-            m.model_copy(update={"rate": rates[m.block], "zeros": z})
-            for m, z in zip(plan, zeros, strict=True)
+            m.model_copy(update={"rate": rate, "zeros": z})
+            for m, rate, z in zip(plan, rates, zeros, strict=True)
         )
         self.plan = [[(m, next(records)) for m in block.matrices] for block in modality.blocks]
         self.pruning = any(zeros)

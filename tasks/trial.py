@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from infra.documents import Split, corpus_sha256, documents
 from infra.records import Cost, ModelRecord, TrialResult, TrialSpec
 from infra.specs import ModelSpec
-from tasks.allocation import block_rates, tilt
+from tasks.allocation import block_rates, check_rates, measure_rates, plan_of, tilt
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +40,11 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
 
     before = list(_loaded)
     modality = loaded(spec.model)
-    params = modality.record(spec.model.source).block_params()
-    rates = block_rates(spec.prune, params)
+    matrices = modality.matrices()
+    plan = plan_of(spec.prune, matrices, spec.profile)
+    per_block = block_rates(matrices, plan.rates, len(modality.blocks))
     calibration = []
-    if any(rates):
+    if any(plan.rates):
         calibration = modality.calibration_batches(
             spec.data, spec.calibration, divisor=batch_divisor
         )
@@ -53,7 +54,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     ready = time.perf_counter()
     outcome = sweep(
         modality,
-        rates,
+        plan.rates,
         method=spec.prune.method,
         pause_at=spec.prune.pause,
         calibration=calibration,
@@ -65,19 +66,24 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     where, hashes = "", dict[str, str]()
     if spec.checkpoint:
         try:
-            where, hashes = save_checkpoint(modality, spec, rates, outcome, evaluation)
+            where, hashes = save_checkpoint(modality, spec, per_block, outcome, evaluation)
         finally:
             for index in range(len(modality.blocks)):
                 modality.release_block(index)
     return TrialResult(
         spec=spec,
         state="complete",
-        tilt=tilt(spec.prune.beta, params, spec.prune.sparsity),
+        tilt=tilt(
+            spec.prune.beta,
+            modality.record(spec.model.source).block_params(),
+            spec.prune.sparsity,
+        ),
         losses=outcome.losses,
         dense_losses=outcome.dense_losses,
         tokens=[n for batch in evaluation for n in modality.scored_tokens(batch)],
         bytes=[n for batch in evaluation for n in batch.bytes],
-        block_rates=rates,
+        block_rates=per_block,
+        clamped=plan.clamped,
         matrices=outcome.matrices,
         fallbacks=outcome.fallbacks,
         errors=outcome.errors,
@@ -109,7 +115,7 @@ def describe_model(trials: Sequence[TrialSpec]) -> ModelRecord:
     method_named(first.prune.method)
     modality = loaded(first.model)
     for trial in trials:
-        block_rates(trial.prune, modality.record("").block_params())
+        check_rates(trial.prune, modality.matrices())
         modality.calibration_batches(trial.data, trial.calibration)
         modality.evaluation_batches(trial.data, trial.split, trial.windows, trial.context)
     batches = modality.evaluation_batches(first.data, first.split, first.windows, first.context)
@@ -123,9 +129,24 @@ def describe_model(trials: Sequence[TrialSpec]) -> ModelRecord:
     )
 
 
+def measure_profile(spec: TrialSpec) -> list[float]:
+    """What the trial's allocation measures, once for all trials that differ in its numbers only.
+
+    One number per matrix for `TrialSpec.profile`, [] for an allocation that measures nothing.
+    """
+    modality = loaded(spec.model)
+    return measure_rates(
+        modality,
+        spec.prune,
+        lambda: modality.calibration_batches(spec.data, spec.calibration),
+    )
+
+
 def time_dense(spec: TrialSpec) -> tuple[int, float]:
     """Tokens and seconds of a dense evaluation, the head included: what a token pass costs here."""
-    dense = spec.prune.model_copy(update={"sparsity": 0.0, "beta": 0.0})
+    dense = spec.prune.model_copy(
+        update={"sparsity": 0.0, "allocation": "uniform", "beta": 0.0, "parameters": {}}
+    )
     result = run_trial(spec.model_copy(update={"prune": dense}))
     return sum(result.tokens), result.cost.sweep_s
 
@@ -153,7 +174,7 @@ def _dense_loss(modality: Modality, batch: Batch) -> list[float]:
         plain = modality.losses(batch)
     swept = sweep(
         modality,
-        [0.0] * len(modality.blocks),
+        [0.0] * len(modality.matrices()),
         method="magnitude",
         pause_at="linear",
         calibration=(),

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 
 from modalities.base import Batch
-from tasks.allocation import arithmetic_rates, zeros_per_matrix
+from tasks import sweep as swept
+from tasks.allocation import arithmetic_rates, spread, zeros_per_matrix
 from tasks.sweep import Outcome
 
 Loaded = Callable[..., Any]
@@ -39,6 +40,11 @@ def kept(modality: Any) -> Iterator[None]:
     finally:
         for index in range(len(modality.blocks)):
             modality.release_block(index)
+
+
+def sweep(modality: Any, rates: list[float], **options: Any) -> Outcome:
+    """A sweep with one rate per block."""
+    return swept.sweep(modality, spread(modality.matrices(), rates), **options)
 
 
 def rates_of(modality: Any, beta: float = 0.0, sparsity: float = 0.5) -> list[float]:

@@ -11,12 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from infra.errors import UserError
-from infra.specs import PruneSpec
 from tasks.allocation import (
-    ALLOCATIONS,
     arithmetic_rates,
     beta_bounds,
-    block_rates,
     centre,
     tilt,
     zeros_per_matrix,
@@ -119,22 +116,6 @@ def test_one_block_has_no_slope() -> None:
 
 def test_tilt_is_zero_at_uniform() -> None:
     assert tilt(0.0, [1, 2, 3], 0.5) == 0.0
-
-
-@pytest.mark.parametrize("name", ALLOCATIONS)
-def test_every_allocation_keeps_the_mean(name: str) -> None:
-    params = [100, 100, 900, 50]
-    rates = block_rates(PruneSpec(sparsity=0.6, beta=0.05, allocation=name), params)
-    assert len(rates) == 4
-    assert weighted_mean(rates, params) == pytest.approx(0.6, abs=1e-12)
-
-
-def test_an_unknown_allocation_is_refused() -> None:
-    with pytest.raises(UserError) as refused:
-        block_rates(PruneSpec(allocation="arithmetik"), [1, 1])
-    assert str(refused.value) == (
-        "unknown prune.allocation='arithmetik': did you mean 'arithmetic'?"
-    )
 
 
 matrices = st.lists(st.integers(1, 3000), min_size=1, max_size=12)

@@ -11,7 +11,6 @@ import torch
 from infra.sources import sha256_of
 from modalities.base import Batch
 from tasks.pruning import METHODS
-from tasks.sweep import sweep
 from tests.models import FAMILIES
 from tests.tasks.sweeps import (
     PAUSES,
@@ -23,6 +22,7 @@ from tests.tasks.sweeps import (
     kept,
     plain,
     rates_of,
+    sweep,
     weights,
 )
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tasks.pruning import METHODS
-from tasks.sweep import sweep
-from tests.tasks.sweeps import PAUSES, TILTED, Batches, Loaded, plain
+from tests.tasks.sweeps import PAUSES, TILTED, Batches, Loaded, plain, sweep
 
 
 def poison(modality: Any, name: str, value: float) -> None:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from modalities.base import Batch
 from tasks.allocation import zeros_per_matrix
-from tasks.sweep import sweep
-from tests.tasks.sweeps import TILTED, Batches, Loaded, kept, plain
+from tests.tasks.sweeps import TILTED, Batches, Loaded, kept, plain, sweep
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Squares = dict[str, Tensor]

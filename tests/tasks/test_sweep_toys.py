@@ -16,8 +16,7 @@ from infra.errors import UserError
 from infra.weights import MappedWeights, save_mapped
 from modalities.base import Batch, HeldWeights, Modality
 from modalities.blocks import find_blocks
-from tasks.sweep import sweep
-from tests.tasks.sweeps import PAUSES, TILTED, check_zeros, kept, plain
+from tests.tasks.sweeps import PAUSES, TILTED, check_zeros, kept, plain, sweep
 
 WIDTH, TOKENS = 8, 50
 CPU = torch.device("cpu")

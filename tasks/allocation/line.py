@@ -1,4 +1,4 @@
-"""Allocations: which share of each block's weights is removed.
+"""Rates on a line, and on a line with a bend.
 
     rates = arithmetic_rates(params=[100] * 30, sparsity=0.6, beta=0.008)
 
@@ -10,10 +10,10 @@ equals the published (L + 1) / 2 where blocks are of one size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from infra.errors import UserError, nearest
-from infra.specs import PruneSpec
+from infra.errors import UserError
+from tasks.allocation.budget import MOST, Plan, fit
 
 
 def centre(params: Sequence[int]) -> float:
@@ -60,37 +60,36 @@ def arithmetic_rates(params: Sequence[int], sparsity: float, beta: float) -> lis
     return rates
 
 
-def uniform_rates(params: Sequence[int], sparsity: float, beta: float = 0.0) -> list[float]:
-    """The same rate for every block."""
-    return [sparsity] * len(params)
+def bend_shape(params: Sequence[int]) -> list[float]:
+    """The square of the depth, 0 at the first block and 1 at the last, less its weighted mean.
 
-
-ALLOCATIONS: dict[str, Callable[[Sequence[int], float, float], list[float]]] = {
-    "arithmetic": arithmetic_rates,
-    "uniform": uniform_rates,
-}
-
-
-def block_rates(spec: PruneSpec, params: Sequence[int]) -> list[float]:
-    """The rate of every block, by the allocation that a spec names."""
-    if spec.allocation not in ALLOCATIONS:
-        raise UserError(
-            f"unknown prune.allocation={spec.allocation!r}: {nearest(spec.allocation, ALLOCATIONS)}"
-        )
-    return ALLOCATIONS[spec.allocation](params, spec.sparsity, spec.beta)
-
-
-def zeros_per_matrix(rates: Sequence[float], params: Sequence[int]) -> list[int]:
-    """How many weights of each matrix become zero, one rate and size per matrix.
-
-    What rounding leaves is carried to the next matrix, so that the total is the rounded exact
-    budget: two allocations of one mean sparsity have equally many zeros.
+    Most of its rise is in the last blocks, which a line cannot treat by themselves.
     """
-    counts, carry = [], 0.0
-    for rate, size in zip(rates, params, strict=True):
-        exact = rate * size + carry
-        # A half goes up, also where the sum of another allocation comes out a little below it.
-        count = min(size, max(0, math.floor(exact + 0.5 + 1e-6)))
-        carry = exact - count
-        counts.append(count)
-    return counts
+    last = max(len(params) - 1, 1)
+    squares = [(i / last) ** 2 for i in range(len(params))]
+    mean = sum(q * p for q, p in zip(squares, params, strict=True)) / sum(params)
+    return [q - mean for q in squares]
+
+
+def bend_bounds(params: Sequence[int], sparsity: float) -> tuple[float, float]:
+    """The open interval of bend in which, with beta = 0, every rate lies in [0, 1)."""
+    shape = bend_shape(params)
+    low, high = min(shape), max(shape)
+    if high <= low:
+        return 0.0, 0.0
+    return (
+        -min(sparsity / high, (1 - sparsity) / -low),
+        min((1 - sparsity) / high, sparsity / -low),
+    )
+
+
+def bent_rates(params: Sequence[int], sparsity: float, beta: float, bend: float) -> Plan:
+    """Rates s_i = S + beta * (i - c) + bend * (q_i - mean of q), q the square of the depth.
+
+    Each number alone has bounds; where both together leave the range, rates are clamped.
+    """
+    c = centre(params)
+    rates = [
+        sparsity + beta * (i - c) + bend * q for i, q in enumerate(bend_shape(params), start=1)
+    ]
+    return fit(rates, [1.0] * len(rates), params, sparsity, high=max(MOST, sparsity))

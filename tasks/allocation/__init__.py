@@ -1,0 +1,347 @@
+"""Allocations: which share of each matrix's weights is removed.
+
+    from tasks.allocation import allocate, save_rates
+    rates = allocate("owl", model, 0.7, calibration=[input_ids], lambda_=0.08)
+    save_rates(rates, "rates.json")          # prune.allocation="rates.json" uses them
+
+An allocation is a pure function from what was measured of a model to one rate per prunable matrix;
+their mean over all weights is the sparsity asked for. Adding one is that function and a line in
+ALLOCATIONS. Measuring needs torch, which is imported only then: a search's driver does without.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.errors import UserError, nearest
+from infra.specs import PruneSpec
+from tasks.allocation import families
+from tasks.allocation.budget import Plan, weighted_mean, zeros_per_matrix
+from tasks.allocation.families import (
+    Allocation,
+    Matrices,
+    Parameter,
+    block_params,
+    block_rates,
+    fixed,
+    params_of,
+    spread,
+)
+from tasks.allocation.line import (
+    arithmetic_rates,
+    bend_bounds,
+    beta_bounds,
+    centre,
+    tilt,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from modalities.base import Batch, Modality
+
+__all__ = [
+    "ALLOCATIONS",
+    "NOT_REPRODUCED",
+    "Allocation",
+    "Parameter",
+    "Plan",
+    "allocate",
+    "allocation_named",
+    "arithmetic_rates",
+    "beta_bounds",
+    "block_params",
+    "block_rates",
+    "bounds_of",
+    "centre",
+    "check_rates",
+    "load_rates",
+    "measure_rates",
+    "plan_of",
+    "rates_of",
+    "save_rates",
+    "spread",
+    "tilt",
+    "values_of",
+    "with_values",
+    "zeros_per_matrix",
+]
+
+_ROUNDED = 1e-3  # how far the mean of rates from a file may be from the sparsity, and is repaired
+
+
+def _measure(module: str, function: str) -> Callable[..., list[float]]:
+    """A function of a module that imports torch, imported when it is called."""
+
+    def measure(modality: Modality, batches: Sequence[Batch], prune: PruneSpec) -> list[float]:
+        found = getattr(importlib.import_module(f"tasks.allocation.{module}"), function)
+        profile: list[float] = found(modality, batches, prune)
+        return profile
+
+    return measure
+
+
+def _beta(matrices: Matrices, sparsity: float) -> tuple[float, float]:
+    return beta_bounds(block_params(matrices), sparsity)
+
+
+def _bend(matrices: Matrices, sparsity: float) -> tuple[float, float]:
+    return bend_bounds(block_params(matrices), sparsity)
+
+
+def _spread_bounds(matrices: Matrices, sparsity: float) -> tuple[float, float]:
+    """Of half the distance between the lowest and the highest rate."""
+    return 0.0, min(sparsity, 1 - sparsity)
+
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "arithmetic": Allocation(families.arithmetic, fixed(Parameter("beta", 0.0, _beta))),
+    "uniform": Allocation(families.uniform),
+    "bent": Allocation(
+        families.bent, fixed(Parameter("beta", 0.0, _beta), Parameter("bend", 0.0, _bend))
+    ),
+    "free": Allocation(families.free, families.free_parameters),
+    "er": Allocation(families.er, measure=_measure("weights", "er"), cost="shapes only"),
+    "global": Allocation(
+        families.measured,
+        measure=_measure("weights", "global_magnitude"),
+        cost="two passes over the weights",
+    ),
+    "lamp": Allocation(
+        families.measured, measure=_measure("weights", "lamp"), cost="two sorts of every matrix"
+    ),
+    "alphapruning": Allocation(
+        families.alphapruning,
+        fixed(
+            Parameter("epsilon", 0.3, lambda matrices, sparsity: (0.0, 1.0)),
+            Parameter("mid", 0.0),  # 0: `peak`, for language models; 1: `mid`, for vision
+        ),
+        _measure("weights", "alpha"),
+        cost="singular values of every matrix",
+    ),
+    "owl": Allocation(
+        families.owl,
+        fixed(Parameter("lambda", 0.08, _spread_bounds), Parameter("M", 5.0)),
+        _measure("activations", "owl"),
+        needs_data=True,
+        cost="one dense pass",
+    ),
+    "dlp": Allocation(
+        families.dlp,
+        fixed(Parameter("alpha", 0.15, _spread_bounds)),
+        _measure("activations", "dlp"),
+        needs_data=True,
+        cost="one dense pass",
+    ),
+    "ecoflap": Allocation(
+        families.ecoflap,
+        fixed(Parameter("reach", 0.1), Parameter("step", 1e-3), Parameter("samples", 32.0)),
+        _measure("gradients", "ecoflap"),
+        needs_data=True,
+        cost="two forwards per matrix and batch",
+    ),
+    "neuronal": Allocation(
+        families.measured,
+        fixed(Parameter("samples", 8.0)),
+        _measure("objectives", "neuronal"),
+        needs_data=True,
+        cost="13 sweeps over 8 windows",
+    ),
+}
+
+NOT_REPRODUCED: dict[str, str] = {
+    "als": "its rates come from a linear program over a redundancy between layers, whose "
+    "estimator and limits are not given as a formula that could be followed",
+    "dsa": "its rule is the result of an evolutionary search over formulas; the one found is not "
+    "given as a formula that could be followed",
+    "lsa": "how its blocks' minimal reconstruction errors become rates is not given as a formula "
+    "that could be followed",
+}
+
+
+def allocation_named(name: str) -> Allocation:
+    """Look an allocation up; a name that ends in .json is a file of rates.
+
+    Raises UserError with the nearest known name, or with the reason why it is not here.
+    """
+    if name.endswith(".json"):
+        return Allocation(families.measured, measure=partial(_from_file, name), cost="none")
+    if name in NOT_REPRODUCED:
+        raise UserError(f"prune.allocation={name!r} is not reproduced: {NOT_REPRODUCED[name]}")
+    if name not in ALLOCATIONS:
+        raise UserError(f"unknown prune.allocation={name!r}: {nearest(name, ALLOCATIONS)}")
+    return ALLOCATIONS[name]
+
+
+def values_of(prune: PruneSpec, matrices: Matrices) -> dict[str, float]:
+    """Every number of a spec's allocation, with the default where the spec does not give it.
+
+    Raises UserError for a number that the allocation does not have.
+    """
+    values = {p.name: p.default for p in allocation_named(prune.allocation).parameters(matrices)}
+    given = {"beta": prune.beta} if "beta" in values else {}
+    known = [name for name in values if name != "beta"]
+    for name, value in prune.parameters.items():
+        if name == "beta":
+            raise UserError("prune.parameters.beta: beta is a key of its own, set prune.beta")
+        if name not in known:
+            does = f"{nearest(name, known)}" if known else "it has no numbers"
+            raise UserError(f"prune.parameters.{name}: not a number of {prune.allocation}: {does}")
+        if not math.isfinite(value):
+            raise UserError(f"prune.parameters.{name}={value}: give a finite number")
+        given[name] = value
+    return values | given
+
+
+def with_values(prune: PruneSpec, values: Mapping[str, float]) -> PruneSpec:
+    """The spec with other numbers: `beta` is a key of its own, the rest are its parameters."""
+    others = {name: value for name, value in values.items() if name != "beta"}
+    update: dict[str, Any] = {"parameters": prune.parameters | others}
+    if "beta" in values:
+        update["beta"] = values["beta"]
+    return prune.model_copy(update=update)
+
+
+def bounds_of(prune: PruneSpec, matrices: Matrices) -> dict[str, tuple[float, float]]:
+    """The numbers that a search may vary, each with its open interval; {} where there are none."""
+    return {
+        p.name: p.bounds(matrices, prune.sparsity)
+        for p in allocation_named(prune.allocation).parameters(matrices)
+        if p.bounds is not None
+    }
+
+
+def plan_of(prune: PruneSpec, matrices: Matrices, profile: Sequence[float]) -> Plan:
+    """One rate per matrix, and how many of them were clamped; their mean over all weights is S.
+
+    `profile` is what `measure_rates` gave, [] for an allocation that measures nothing.
+    """
+    allocation = allocation_named(prune.allocation)
+    values = values_of(prune, matrices)
+    if allocation.measure is not None and len(profile) != len(matrices):
+        raise ValueError(
+            f"{prune.allocation} measured {len(profile)} numbers for {len(matrices)} matrices"
+        )
+    return allocation.rates(matrices, prune.sparsity, values, profile)
+
+
+def rates_of(prune: PruneSpec, matrices: Matrices, profile: Sequence[float]) -> list[float]:
+    """The rates of `plan_of`."""
+    return plan_of(prune, matrices, profile).rates
+
+
+def check_rates(prune: PruneSpec, matrices: Matrices) -> None:
+    """Raises UserError where a spec names what there is not, or a beta that is infeasible."""
+    values_of(prune, matrices)
+    if allocation_named(prune.allocation).measure is None:
+        rates_of(prune, matrices, ())
+
+
+def measure_rates(
+    modality: Modality, prune: PruneSpec, batches: Callable[[], Sequence[Batch]]
+) -> list[float]:
+    """What an allocation measures of a model; `batches` is called where it needs them."""
+    allocation = allocation_named(prune.allocation)
+    values_of(prune, modality.matrices())
+    if allocation.measure is None:
+        return []
+    profile = allocation.measure(modality, batches() if allocation.needs_data else (), prune)
+    if not all(math.isfinite(value) for value in profile):
+        raise RuntimeError(
+            f"{prune.allocation} measured NaN or infinity: the dense model overflows"
+        )
+    return profile
+
+
+def allocate(
+    name: str,
+    model: nn.Module | Modality,
+    sparsity: float,
+    calibration: Sequence[Any] | None = None,
+    **options: Any,
+) -> dict[str, float]:
+    """The rate of every prunable matrix by its full name, without pruning.
+
+    `calibration` is batches of the modality, or for a plain model a list of input_ids or of keyword
+    arguments; what measures no inputs goes without. `options` are the numbers of the allocation
+    (`lambda_` for lambda), and the spec's method and pause for an allocation that prunes to
+    measure. The model comes back bit for bit as it was. Warns where rates had to be clamped.
+    """
+    from modalities.base import Modality
+    from modalities.held import HeldModality
+
+    if not 0 <= sparsity < 1:
+        raise UserError(f"sparsity={sparsity:g} is not in [0, 1)")
+    keys = {k: v for k, v in options.items() if k in ("beta", "method", "pause")}
+    numbers = {k.rstrip("_"): float(v) for k, v in options.items() if k not in keys}
+    prune = PruneSpec(sparsity=sparsity, allocation=name, parameters=numbers, **keys)
+    if allocation_named(name).needs_data and not calibration:
+        raise UserError(f"{name} looks at inputs: give calibration, batches or input_ids")
+    if isinstance(model, Modality):
+        return _named_rates(model, prune, calibration or ())
+    with HeldModality(model, calibration) as held:
+        return _named_rates(held, prune, held.calibration)
+
+
+def _named_rates(
+    modality: Modality, prune: PruneSpec, batches: Sequence[Batch]
+) -> dict[str, float]:
+    matrices = modality.matrices()
+    plan = plan_of(prune, matrices, measure_rates(modality, prune, lambda: batches))
+    if plan.clamped:
+        warnings.warn(
+            f"{prune.allocation}: clamped rates: {plan.clamped}; the mean was repaired",
+            stacklevel=3,
+        )
+    return dict(zip(_names(modality), plan.rates, strict=True))
+
+
+def _names(modality: Modality) -> list[str]:
+    return [f"{b.name}.{matrix.name}" for b in modality.blocks for matrix in b.matrices]
+
+
+def save_rates(rates: Mapping[str, float], path: str | Path) -> None:
+    """Write named rates as JSON, which `prune.allocation` reads back."""
+    try:
+        Path(path).write_text(json.dumps(dict(rates), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write rates to {path}: {error.strerror}") from error
+
+
+def load_rates(path: str | Path) -> dict[str, float]:
+    """Read what `save_rates` wrote; raises UserError where it is something else."""
+    try:
+        rates = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read rates from {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(rates, dict):
+        raise UserError(f"{path}: expected one object of names and rates")
+    for name, rate in rates.items():
+        number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if not number or not 0 <= rate < 1:
+            raise UserError(f"{path}: {name} has rate {rate!r}, which is not in [0, 1)")
+    return {name: float(rate) for name, rate in rates.items()}
+
+
+def _from_file(
+    path: str, modality: Modality, batches: Sequence[Batch], prune: PruneSpec
+) -> list[float]:
+    rates, names = load_rates(path), _names(modality)
+    if lacking := [name for name in names if name not in rates]:
+        raise UserError(f"{path} has no rate for {lacking[0]} ({len(lacking)} are missing)")
+    if unknown := sorted(rates.keys() - set(names)):
+        raise UserError(f"{path}: the model has no {unknown[0]}: {nearest(unknown[0], names)}")
+    profile = [rates[name] for name in names]
+    mean = weighted_mean(profile, params_of(modality.matrices()))
+    if abs(mean - prune.sparsity) > _ROUNDED:
+        raise UserError(f"{path} removes {mean:.6g} on average: set prune.sparsity={mean:.6g}")
+    return profile
