@@ -21,19 +21,18 @@ from flows.search import pin
 from infra.cluster import connect
 from infra.records import ModelRecord, TrialSpec
 from infra.specs import Spec
-from tasks.allocation import beta_bounds
+from tasks.allocation import bounds_of
 from tasks.trial import describe_model, time_dense
 
 
 def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
     """Print the plan of a search and return it; raises UserError where it could not run."""
     pinned = pin(spec)
-    trials = kinds_of_trial(pinned, spec.prune.beta)
+    trials = kinds_of_trial(pinned)
     with connect(spec.cluster) as cluster:
         model = cluster.call(describe_model, trials)
         tokens, seconds = cluster.call(time_dense, trials[0])
         where = cluster.describe()
-    low, high = beta_bounds(model.block_params(), spec.prune.sparsity)
     answer = {
         "model": model.model_dump(exclude={"matrices"}),
         "blocks": [_block(model, index) for index in range(len(model.blocks))],
@@ -41,7 +40,7 @@ def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
             "model": pinned.model.source,
             **{s: pinned.data.source_of(s) for s in ("calibration", "selection", "report")},
         },
-        "beta": {"low": low, "high": high},
+        "numbers": bounds_of(spec.prune, model.matrices),
         "rungs": [vars(rung) for rung in ladder(spec)],
         "token_passes": planned_passes(spec, model, {}),
         "seconds": _passes_in_turn(spec, model, where["parallel"]) * seconds / tokens,
@@ -104,8 +103,8 @@ def _print(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> None:
         + (f"; never pruned, in no product: {', '.join(model.unseen)}" if model.unseen else ""),
         **answer["sources"],
         "dense loss": f"{model.dense_loss:.4f} nats/token, equal to a plain loop's",
-        "beta": f"{answer['beta']['low']:.5f} to {answer['beta']['high']:.5f} at "
-        f"{100 * spec.prune.sparsity:g} % sparsity",
+        "allocation": f"{spec.prune.allocation} at {100 * spec.prune.sparsity:g} % sparsity",
+        **{name: f"{low:.5f} to {high:.5f}" for name, (low, high) in answer["numbers"].items()},
         "rungs": f"{rungs} (calibration + selection windows)",
         "time": f"about {duration(answer['seconds'])} for {answer['token_passes']:,} token passes",
         "memory": f"about {answer['memory_bytes'] / 2**20:,.0f} MiB per trial beside the mapped "

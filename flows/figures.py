@@ -15,7 +15,7 @@ RUNG_COLOURS = ["#4f93dd", "#e2872f", "#b06ad0", "#d9567a"]
 
 def figures(report: dict[str, Any]) -> dict[str, Figure]:
     """Plotly figures by the id of the element that shows them; the page adds its own colours."""
-    sides = ["uniform", "best"] if report["best"]["beta"] != 0 else ["uniform"]
+    sides = ["uniform"] if report["best"]["uniform"] else ["uniform", "best"]
     blocks = report["model"]["blocks"]
     rates = [
         _line(side, blocks, report[side]["block_rates"], "%{y:.2%} zeros in %{text}")
@@ -31,7 +31,9 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
     return {
         "loss": _figure(
             _loss_traces(report),
-            "beta, the step of the rate from block to block",
+            "beta, the step of the rate from block to block"
+            if report["number"] == "beta"
+            else f"{report['number']} of {report['spec']['prune']['allocation']}",
             {"title": {"text": "loss, nats/token"}},
         ),
         "rates": _figure(rates, "block", shares),
@@ -70,18 +72,23 @@ def _line(side: str, blocks: list[str], values: list[float], hover: str) -> Figu
 
 
 def _loss_traces(report: dict[str, Any]) -> list[Figure]:
-    """Loss against beta, one series per rung; bars are of the paired difference from uniform."""
-    rows = [t for t in report["trials"] if t["stage"] == "search" and t["loss"] is not None]
+    """Loss against the first number searched, one series per rung; bars are of the paired
+    difference from uniform."""
+    rows = [
+        {**row, "x": row["numbers"].get(report["number"], 0.0)}
+        for row in report["trials"]
+        if row["stage"] == "search" and row["loss"] is not None
+    ]
     traces = []
     for rung in sorted({row["rung"] for row in rows}):
-        series = sorted((r for r in rows if r["rung"] == rung), key=lambda row: row["beta"])
+        series = sorted((r for r in rows if r["rung"] == rung), key=lambda row: row["x"])
         colour = RUNG_COLOURS[rung % len(RUNG_COLOURS)]
         traces.append(
             {
                 "type": "scatter",
                 "mode": "lines+markers",
                 "name": f"rung {rung}, {series[0]['n']} windows",
-                "x": [row["beta"] for row in series],
+                "x": [row["x"] for row in series],
                 "y": [row["loss"] for row in series],
                 "text": [_hover(row) for row in series],
                 "hovertemplate": "%{text}<extra></extra>",
@@ -96,13 +103,13 @@ def _loss_traces(report: dict[str, Any]) -> list[Figure]:
             }
         )
     for side, symbol in (("uniform", "square-open"), ("best", "circle-open")):
-        points = [row for row in rows if row["beta"] == report[side]["beta"]]
+        points = [row for row in rows if row["label"] == report[side]["label"]]
         traces.append(
             {
                 "type": "scatter",
                 "mode": "markers",
                 "name": side,
-                "x": [row["beta"] for row in points],
+                "x": [row["x"] for row in points],
                 "y": [row["loss"] for row in points],
                 "hoverinfo": "skip",
                 "marker": {
@@ -117,8 +124,8 @@ def _loss_traces(report: dict[str, Any]) -> list[Figure]:
 
 
 def _hover(row: dict[str, Any]) -> str:
-    text = f"trial {row['number']}: beta {row['beta']:.4g}, tilt {row['tilt']:.2f}<br>"
+    text = f"trial {row['number']}: {row['label']}, tilt {row['tilt']:.2f}<br>"
     text += f"loss {plus_minus(row['loss'], row['stderr'])}"
-    if row["gain"] and row["beta"] != 0:
+    if row["gain"] and not row["uniform"]:
         text += f"<br>below uniform by {plus_minus(**row['gain'])}"
     return text

@@ -1,7 +1,7 @@
 """What a search shows while it runs: a live board on a terminal, else one JSON line per event.
 
     with live(spec, total=8_000_000) as view:
-        view.event({"kind": "wave", "number": 0, "rung": 0, "betas": [0.0, 0.0083]})
+        view.event({"kind": "wave", "number": 0, "rung": 0, "candidates": ["beta 0"]})
         view.event(trial_event(result))
 
 Events are the dictionaries that go to events.jsonl. Kinds: started, model, wave, trial, climb,
@@ -58,6 +58,7 @@ def trial_event(result: TrialResult) -> Event:
         "stage": result.spec.stage,
         "rung": result.spec.rung,
         "beta": result.beta,
+        "label": result.spec.prune.label,
         "tilt": result.tilt,
         "state": result.state,
         "cause": result.cause,
@@ -100,7 +101,7 @@ class Board:
         self.start = self.measured = clock()
         self.stage = "starting"
         self.earlier = self.done = self.trials = self.failed = 0
-        self.found: dict[int, dict[float, Event]] = {}
+        self.found: dict[int, dict[str, Event]] = {}
 
     def event(self, event: Event) -> None:
         """Take the event in; the board is drawn from it twice a second."""
@@ -117,14 +118,14 @@ class Board:
         self.done += event["token_passes"]
         self.measured = self.clock()
         line = f"trial {event['number']:>3}  {event['stage']:<6}  rung {event['rung']}"
-        line += f"  beta {event['beta']:>8.4g}  tilt {event['tilt']:>5.2f}  "
+        line += f"  {event['label']:<13}  tilt {event['tilt']:>5.2f}  "
         if event["state"] == "failed":
             self.failed += 1
             self.console.print(Text(f"{line}failed: {event['cause']}", style="red"))
             return
         self.console.print(Text(f"{line}loss {event['loss']:.4f}  {duration(event['seconds'])}"))
         if event["stage"] == "search":
-            self.found.setdefault(event["rung"], {})[event["beta"]] = event
+            self.found.setdefault(event["rung"], {})[event["label"]] = event
 
     def time_left(self) -> float | None:
         """Seconds that the planned token passes still take at this session's rate."""
@@ -140,8 +141,9 @@ class Board:
             return "none yet"
         rung = max(self.found)
         best = min(self.found[rung].values(), key=lambda event: event["loss"])
-        text = f"beta {best['beta']:.4g} (tilt {best['tilt']:.2f}), loss {best['loss']:.4f}"
-        if best["beta"] != 0 and (uniform := self.found[rung].get(0.0)):
+        text = f"{best['label']} (tilt {best['tilt']:.2f}), loss {best['loss']:.4f}"
+        uniform = self.found[rung].get("beta 0")
+        if uniform is not None and uniform is not best:
             text += f", uniform {uniform['loss']:.4f}"
         split = "report text: paper protocol" if self.paper else "selection text"
         return f"{text}; rung {rung}, {split}"
@@ -189,7 +191,7 @@ def _stage(event: Event) -> str:
         case "model":
             return "reading the model"
         case "wave":
-            return f"rung {event.get('rung', 0)}: {len(event.get('betas', []))} candidates"
+            return f"rung {event.get('rung', 0)}: {len(event.get('candidates', []))} candidates"
         case "climb":
             return f"climbing to rung {event.get('rung', '?')}"
         case "final":

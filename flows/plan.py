@@ -2,9 +2,10 @@
 
     wave = next_wave(spec, model, results)     # [] when nothing is left
 
-Scouts look for the numbers of an allocation (beta, or those of another) on little data; the candidates that a paired test has not ruled out climb to
-rungs with more; the best is then compared with uniform on the report split. Because the answer
-depends on finished results alone, a resumed run proposes what the undisturbed one would have.
+Scouts look for the numbers of an allocation (beta, or another's) on little data; candidates that a
+paired test has not ruled out climb to rungs with more; the best is then compared with uniform on
+the report split. Because the answer depends on finished results alone, a resumed run proposes what
+the undisturbed one would have.
 """
 
 from __future__ import annotations

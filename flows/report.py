@@ -23,6 +23,7 @@ from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult
 from infra.specs import Spec
 from infra.store import RunStore, write_atomic
+from tasks.allocation import bounds_of
 from tasks.model_card import settings
 from tasks.statistics import (
     bits_per_byte,
@@ -80,6 +81,7 @@ def build_report(
     report: Report = {
         "command": "search" if searched else "prune",
         "protocol": spec.search.protocol,
+        "number": next(iter(bounds_of(spec.prune, model.matrices)), "beta"),
         "dense": {"metrics": _metrics([dense.dense_losses], dense)} if dense else None,
         **sides,
         "gain": {
@@ -130,8 +132,8 @@ def build_report(
 def _finals(done: Sequence[TrialResult]) -> tuple[list[TrialResult], list[TrialResult]]:
     """The uniform and the best sweep of every calibration seed that has both."""
     finals = [result for result in done if result.spec.stage == "final"]
-    uniform = {result.spec.calibration.seed: result for result in finals if result.beta == 0}
-    best = {result.spec.calibration.seed: result for result in finals if result.beta != 0}
+    uniform = {result.spec.calibration.seed: result for result in finals if _is_uniform(result)}
+    best = {result.spec.calibration.seed: result for result in finals if not _is_uniform(result)}
     best = best or uniform
     seeds = sorted(uniform.keys() & best.keys())
     if not seeds:
@@ -159,6 +161,10 @@ def _side(side: Sequence[TrialResult]) -> dict[str, Any]:
     return {
         "beta": first.beta,
         "tilt": first.tilt,
+        "allocation": first.spec.prune.allocation,
+        "numbers": first.numbers,
+        "label": first.spec.prune.label,
+        "uniform": _is_uniform(first),
         "sparsity": sum(m.zeros for m in first.matrices) / sum(m.params for m in first.matrices),
         "metrics": _metrics(_losses(side), first),
         "block_rates": first.block_rates,
@@ -171,7 +177,7 @@ def _side(side: Sequence[TrialResult]) -> dict[str, Any]:
 
 def _trials(results: Sequence[TrialResult], done: Sequence[TrialResult]) -> list[dict[str, Any]]:
     """One row per trial; `gain` is the paired difference from uniform under equal conditions."""
-    uniform = {_conditions(result): result for result in done if result.beta == 0}
+    uniform = {_conditions(result): result for result in done if _is_uniform(result)}
     rows = []
     for result in sorted(results, key=lambda result: result.spec.number):
         loss = gain = None
@@ -186,6 +192,9 @@ def _trials(results: Sequence[TrialResult], done: Sequence[TrialResult]) -> list
                 "seed": result.spec.calibration.seed,
                 "beta": result.beta,
                 "tilt": result.tilt,
+                "numbers": result.numbers,
+                "label": result.spec.prune.label,
+                "uniform": result.spec.prune.is_uniform,
                 "loss": result.loss if result.losses else None,
                 "stderr": loss and loss.stderr,
                 "n": len(result.losses),
@@ -195,6 +204,10 @@ def _trials(results: Sequence[TrialResult], done: Sequence[TrialResult]) -> list
             }
         )
     return rows
+
+
+def _is_uniform(result: TrialResult) -> bool:
+    return result.spec.prune.is_uniform
 
 
 def _conditions(result: TrialResult) -> tuple[str, int, int]:
@@ -209,11 +222,15 @@ def _conclusion(report: Report) -> str:
     if report["dense"]:
         dense = f"dense {three_digits(report['dense']['metrics']['perplexity']['mean'])}"
     at = f"{100 * report['spec']['prune']['sparsity']:g} % sparsity"
-    beta = f"beta = {best['beta']:.3g} (tilt {best['tilt']:.2f})"
+    beta = best["label"]
+    if best["allocation"] in ("uniform", "arithmetic"):
+        beta = f"beta = {best['beta']:.3g}"
+    if best["tilt"]:
+        beta += f" (tilt {best['tilt']:.2f})"
     over = f"{gain['n']} windows and {_count(gain['n_seeds'], 'calibration seed')}"
     interval = f"95 % interval {gain['low']:.3f} to {gain['high']:.3f}, {over}"
-    if best["beta"] == 0:
-        why = "no candidate beat equal rates" if report["command"] == "search" else "beta is 0"
+    if best["uniform"]:
+        why = "no candidate beat equal rates" if report["command"] == "search" else best["label"]
         text = f"No gain at {at}: {why}; perplexity {after} ({dense})."
     elif gain["low"] > 0:
         text = (
@@ -230,7 +247,7 @@ def _conclusion(report: Report) -> str:
             f"No gain at {at}: {beta} gives perplexity {after}, uniform {before}; {dense}. "
             f"The difference of {gain['mean']:.3f} nats/token may be chance ({interval})."
         )
-    if gain["n_seeds"] == 1 and best["beta"] != 0:
+    if gain["n_seeds"] == 1 and not best["uniform"]:
         text += " With one calibration seed, the interval says nothing about other seeds."
     if report["protocol"] == "paper":
         text += " Paper protocol: beta was selected on the text it is reported on."

@@ -12,23 +12,30 @@ from collections.abc import Callable
 from typing import Any
 
 from flows.live import View, live, trial_event
-from flows.plan import final_wave, kinds_of_trial, next_wave, planned_passes, token_passes
+from flows.plan import (
+    Results,
+    final_wave,
+    kinds_of_trial,
+    next_wave,
+    planned_passes,
+    token_passes,
+)
 from flows.report import Report, write_report
 from infra import tracking
 from infra.checkpoints import inspect_checkpoint
 from infra.cluster import Cluster, connect
 from infra.documents import corpus_sha256, documents
 from infra.errors import UserError
-from infra.records import ModelRecord, TrialResult, TrialSpec
+from infra.records import ModelRecord, TrialSpec
 from infra.samplers import StudyMirror
 from infra.sources import fetch, pinned
 from infra.specs import MISSING_SOURCE, Spec
 from infra.store import RunStore, write_atomic
-from tasks.allocation import beta_bounds, check_rates
+from tasks.allocation import bounds_of, check_rates
 from tasks.model_card import model_card
-from tasks.trial import describe_model, run_trial
+from tasks.trial import describe_model, measure_profile, run_trial
 
-Planner = Callable[[Spec, ModelRecord, dict[int, TrialResult]], list[TrialSpec]]
+Planner = Callable[[Spec, ModelRecord, Results], list[TrialSpec]]
 
 
 def search(spec: Spec, *, as_json: bool = False) -> Report:
@@ -40,10 +47,12 @@ def search(spec: Spec, *, as_json: bool = False) -> Report:
 
 
 def prune(spec: Spec, *, as_json: bool = False) -> Report:
-    """Prune at `prune.beta`, compare with uniform on the report split, save and report."""
-    return _run(
-        "prune", spec, lambda s, model, results: final_wave(s, s.prune.beta, results), as_json
-    )
+    """Prune as the spec says, compare with uniform on the report split, save and report."""
+
+    def plan(spec: Spec, model: ModelRecord, results: Results) -> list[TrialSpec]:
+        return final_wave(spec, spec.prune, results, model.profile)
+
+    return _run("prune", spec, plan, as_json)
 
 
 def _run(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
@@ -89,9 +98,9 @@ class _Run:
                     f"the text of data.{split} has changed since {self.store.dir} was started: "
                     "restore it or choose another run.dir"
                 )
-        bounds = beta_bounds(model.block_params(), self.spec.prune.sparsity)
         check_rates(self.spec.prune, model.matrices)  # an infeasible beta is refused here
-        self.studies = StudyMirror(self.store.dir, self.store.id, self.spec.search.storage, *bounds)
+        bounds = bounds_of(self.spec.prune, model.matrices)
+        self.studies = StudyMirror(self.store.dir, self.store.id, self.spec.search.storage, bounds)
         self.studies.rebuild(self.results.values())
         # The dtype that `auto` meant on the first worker holds for all of them.
         model_spec = self.spec.model.model_copy(update={"dtype": model.dtype})
@@ -114,8 +123,10 @@ class _Run:
         self.view.event({"kind": kind, **fields})
 
     def _describe(self) -> ModelRecord:
-        trials = kinds_of_trial(self.spec, self.spec.prune.beta)
+        trials = kinds_of_trial(self.spec)
         model = self.cluster.call(describe_model, trials)
+        profile = self.cluster.call(measure_profile, trials[-1])
+        model = model.model_copy(update={"profile": profile})
         self.store.write_model(model)
         self.store.event("data", **model.data_sha256)
         self.tell(
@@ -140,8 +151,8 @@ class _Run:
             return
         kind = "final" if wave[0].stage == "final" else "climb" if wave[0].rung else "wave"
         planned = planned_passes(self.spec, model, self.results)
-        betas = [trial.prune.beta for trial in wave]
-        self.tell(kind, rung=wave[0].rung, betas=betas, planned=planned)
+        candidates = [trial.prune.label for trial in wave]
+        self.tell(kind, rung=wave[0].rung, candidates=candidates, planned=planned)
         for result in self.cluster.run(run_trial, missing):
             if result.state == "complete" and result.weights_sha256 != model.sha256:
                 raise UserError(

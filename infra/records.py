@@ -41,6 +41,9 @@ class ModelRecord(Frozen):
     outputs: int = Field(0, description="of the head: the vocabulary of a language model")
     batch_tokens: int = Field(0, description="that pass a block, and the head, at once")
     adds_bos: bool
+    profile: list[float] = Field(
+        default=[], description="what the spec's allocation measured, one number per matrix"
+    )
     dense_loss: float = Field(0.0, description="nats per token on two windows of selection text")
     data_sha256: dict[str, str] = Field(default={}, description="of the documents of each split")
     licence: str = ""
@@ -54,7 +57,7 @@ class ModelRecord(Frozen):
 
 
 class TrialSpec(Frozen):
-    """One sweep: prune the model and measure it. `prune.beta` is the candidate."""
+    """One sweep: prune the model and measure it. `prune` is the candidate."""
 
     number: int
     stage: Literal["search", "final"]
@@ -122,6 +125,11 @@ class TrialResult(Frozen):
     def beta(self) -> float:
         """The common difference that was tried."""
         return self.spec.prune.beta
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The numbers of the allocation that were tried, beta among them."""
+        return {"beta": self.beta, **self.spec.prune.parameters}
 
     @property
     def loss(self) -> float:

@@ -58,7 +58,7 @@ def propose(
     if sampler == "grid":
         tried = [values[name] for values, _ in history]
         return [{name: value} for value in grid(name, high) if value not in tried][:count]
-    first = [{each: 0.0 for each in bounds}]
+    first = [dict.fromkeys(bounds, 0.0)]
     if len(bounds) == 1:
         tilts = FIRST_TILTS if low < 0 else FIRST_SHARES
         first = [{name: tilt * high if tilt >= 0 else -tilt * low} for tilt in tilts]
@@ -86,11 +86,13 @@ def _seed(seed: int, tried: int) -> int:
 
 
 def _space(bounds: Bounds) -> dict[str, optuna.distributions.BaseDistribution]:
-    """A little inside of the bounds: gp likes to propose a bound itself."""
-    import optuna
+    """A little inside of the bounds: gp likes to propose a bound itself. 0 is uniform, and legal."""
+    from optuna.distributions import FloatDistribution
 
-    inside = {n: (low, high, 1e-6 * (high - low)) for n, (low, high) in bounds.items()}
-    return {n: optuna.distributions.FloatDistribution(a + e, b - e) for n, (a, b, e) in inside.items()}
+    most = 1 - 1e-6
+    return {
+        name: FloatDistribution(most * low, most * high) for name, (low, high) in bounds.items()
+    }
 
 
 def _replayed(
@@ -122,13 +124,8 @@ def _replayed(
 
 def grid(name: str, high: float) -> list[float]:
     """Uniform, and for beta the published multiples of 0.002, else tenths of the bound."""
-    if name == "beta":
-        return paper_grid(high)
-    return [high * step / GRID_STEPS for step in range(GRID_STEPS)]
-
-
-def paper_grid(high: float) -> list[float]:
-    """Uniform and every multiple of 0.002 below the bound, as published."""
+    if name != "beta":
+        return [high * step / GRID_STEPS for step in range(GRID_STEPS)]
     betas = [0.0]
     while (beta := round(len(betas) * PAPER_STEP, 6)) < high * (1 - 1e-9):
         betas.append(beta)

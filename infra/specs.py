@@ -99,6 +99,22 @@ class PruneSpec(Frozen):
         "linear", description="prune after two passes over a block, or product by product in one"
     )
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every matrix has the same rate."""
+        return self.allocation == "uniform" or (self.allocation == "arithmetic" and not self.beta)
+
+    @property
+    def label(self) -> str:
+        """How a candidate is called: its allocation and the numbers that were given."""
+        if self.allocation in ("uniform", "arithmetic"):
+            return f"beta {self.beta:.4g}"
+        numbers = {"beta": self.beta} if self.beta else {}
+        numbers |= self.parameters
+        if len(numbers) > 4:
+            return f"{self.allocation}, {len(numbers)} numbers"
+        return " ".join([self.allocation, *(f"{n} {v:.4g}" for n, v in numbers.items())])
+
 
 class SearchSpec(Frozen):
     """How beta is searched: many cheap scouts, then a ladder of dearer trials."""
@@ -106,7 +122,9 @@ class SearchSpec(Frozen):
     protocol: Literal["ladder", "paper"] = Field(
         "ladder", description="paper: the published grid, selected on the report split"
     )
-    sampler: Literal["bracket", "gp", "tpe", "random", "grid"] = "bracket"
+    sampler: Literal["auto", "bracket", "gp", "tpe", "cmaes", "random", "grid"] = Field(
+        "auto", description="bracket for one number, gp for a few, cmaes for many"
+    )
     scouts: int = Field(8, ge=1, description="candidates at the lowest fidelity")
     wave: int = Field(4, ge=1, description="candidates proposed at once")
     climbers: int = Field(2, ge=1, description="at most this many climb to the next rung")

@@ -54,8 +54,7 @@ def model_card(report: Mapping[str, Any]) -> str:
   {spec["calibration"]["length"]} calibration tokens of {_public(texts["calibration"])}.
 - **Sparsity**: {best["sparsity"]:.6f} of the weights in blocks are zero. Embeddings, norms and
   heads are dense.
-- **Rates**: beta = {best["beta"]:.6g} (tilt {best["tilt"]:.3f}); block i has the rate
-  S + beta * (i - c), with S = {prune["sparsity"]:g} and c the centre of the parameters.
+- **Rates**: {_rates(best, prune)}
   `sparsity.json` lists every matrix.
 
 **The weights are masked, not packed**: zeros are stored as ordinary numbers, so this checkpoint
@@ -75,6 +74,15 @@ With Sparseramp {report["version"]}, `sparseramp {report["command"]} spec.toml`,
 {settings(spec)}
 ```
 """
+
+
+def _rates(best: Mapping[str, Any], prune: Mapping[str, Any]) -> str:
+    if best["allocation"] not in ("uniform", "arithmetic"):
+        return f"{best['label']}, with a mean of {prune['sparsity']:g}."
+    return (
+        f"beta = {best['beta']:.6g} (tilt {best['tilt']:.3f}); block i has the rate\n"
+        f"  S + beta * (i - c), with S = {prune['sparsity']:g} and c the centre of the parameters."
+    )
 
 
 def settings(spec: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from infra.documents import Split, corpus_sha256, documents
 from infra.records import Cost, ModelRecord, TrialResult, TrialSpec
 from infra.specs import ModelSpec
-from tasks.allocation import block_rates, check_rates, measure_rates, plan_of, tilt
+from tasks.allocation import block_rates, check_rates, measure_rates, plan_of, tilt_of
 
 if TYPE_CHECKING:
     import torch
@@ -73,11 +73,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     return TrialResult(
         spec=spec,
         state="complete",
-        tilt=tilt(
-            spec.prune.beta,
-            modality.record(spec.model.source).block_params(),
-            spec.prune.sparsity,
-        ),
+        tilt=tilt_of(spec.prune, matrices),
         losses=outcome.losses,
         dense_losses=outcome.dense_losses,
         tokens=[n for batch in evaluation for n in modality.scored_tokens(batch)],

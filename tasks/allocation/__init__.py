@@ -69,6 +69,7 @@ __all__ = [
     "save_rates",
     "spread",
     "tilt",
+    "tilt_of",
     "values_of",
     "with_values",
     "zeros_per_matrix",
@@ -216,6 +217,15 @@ def bounds_of(prune: PruneSpec, matrices: Matrices) -> dict[str, tuple[float, fl
         for p in allocation_named(prune.allocation).parameters(matrices)
         if p.bounds is not None
     }
+
+
+def tilt_of(prune: PruneSpec, matrices: Matrices) -> float:
+    """An allocation's first number over the bound on its side, in (-1, 1); 0 where it has none."""
+    for name, (low, high) in bounds_of(prune, matrices).items():
+        value = values_of(prune, matrices)[name]
+        bound = high if value > 0 else -low
+        return value / bound if value and bound else 0.0
+    return 0.0
 
 
 def plan_of(prune: PruneSpec, matrices: Matrices, profile: Sequence[float]) -> Plan:

@@ -19,7 +19,7 @@ import time
 from flows.plan import next_wave, search_trial, token_passes
 from infra.environment import reuse_freed_memory
 from infra.records import ModelRecord, TrialResult, TrialSpec
-from infra.samplers import paper_grid
+from infra.samplers import grid
 from infra.specs import Spec, load_spec
 from tasks import trial
 from tasks.allocation import beta_bounds
@@ -92,7 +92,7 @@ def grid_search(spec: Spec, model: ModelRecord, losses: dict[float, float]) -> F
     """The published candidates: uniform is never tried, and each trial loads everything anew."""
     _, high = beta_bounds(model.block_params(), spec.prune.sparsity)
     started, tokens = time.perf_counter(), 0
-    for beta in paper_grid(high)[1:]:
+    for beta in grid("beta", high)[1:]:
         trial._loaded.clear()
         losses[beta] = full_loss(spec, beta)
         tokens += token_passes(_published(spec, beta))

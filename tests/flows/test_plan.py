@@ -21,7 +21,7 @@ from flows.plan import (
 )
 from infra.errors import UserError
 from infra.records import MatrixRecord, ModelRecord, TrialResult, TrialSpec
-from infra.specs import Spec, parse_spec
+from infra.specs import PruneSpec, Spec, parse_spec
 from tasks.allocation import beta_bounds
 
 BEST = 0.006
@@ -46,6 +46,10 @@ def make_model(num_blocks: int = 30) -> ModelRecord:
         context=512,
         adds_bos=True,
     )
+
+
+def at(spec: Spec, beta: float) -> PruneSpec:
+    return spec.prune.model_copy(update={"beta": beta})
 
 
 def answer(trial: TrialSpec, *, noise: float = 0.0) -> TrialResult:
@@ -163,7 +167,7 @@ def test_the_top_rung_decides() -> None:
 
 def test_the_final_wave() -> None:
     spec = make_spec(calibration={"seed": 5}, evaluation={"report_windows": 7})
-    wave = final_wave(spec, 0.01, {})
+    wave = final_wave(spec, at(spec, 0.01), {})
     assert [(t.calibration.seed, t.prune.beta) for t in wave] == [
         (seed, beta) for seed in (5, 6, 7) for beta in (0.0, 0.01)
     ]
@@ -173,11 +177,11 @@ def test_the_final_wave() -> None:
     assert [t.error_curves for t in wave] == [True, True, False, False, False, False]
     assert [t.checkpoint for t in wave] == [False, True, False, False, False, False]
     done = {t.number: answer(t) for t in wave}
-    assert final_wave(spec, 0.01, done) == []
+    assert final_wave(spec, at(spec, 0.01), done) == []
 
 
 def test_where_uniform_wins_it_is_measured_once_and_saved() -> None:
-    wave = final_wave(make_spec(), 0.0, {})
+    wave = final_wave(make_spec(), at(make_spec(), 0.0), {})
     assert [(t.prune.beta, t.calibration.seed) for t in wave] == [(0.0, 0), (0.0, 1), (0.0, 2)]
     assert [t.checkpoint for t in wave] == [True, False, False]
 
@@ -265,15 +269,16 @@ def test_a_grid_is_planned_in_its_full_length() -> None:
     """30 blocks at 60 %: uniform and 13 multiples of 0.002 below 0.02759."""
     short = make_spec(search={"sampler": "grid", "scouts": 1})
     one, all_of_them = (planned_passes(short, model, {}) for model in (None, make_model()))
-    assert all_of_them - one == 13 * token_passes(search_trial(short, 0.0, 0))
+    assert all_of_them - one == 13 * token_passes(search_trial(short, short.prune, 0))
 
 
 def test_tokens_of_a_trial() -> None:
     """32 windows of 512 calibrate and 32 are measured; curves have a dense copy ride along."""
-    uniform, *_, last = final_wave(make_spec(), 0.01, {})
+    uniform, *_, last = final_wave(make_spec(), at(make_spec(), 0.01), {})
     assert token_passes(last) == 2 * 32 * 512
     assert token_passes(uniform) == 3 * 32 * 512
-    block = final_wave(make_spec(prune={"pause": "block"}), 0.01, {})
+    twice = make_spec(prune={"pause": "block"})
+    block = final_wave(twice, at(twice, 0.01), {})
     assert token_passes(block[-1]) == 3 * 32 * 512
 
 

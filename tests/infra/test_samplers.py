@@ -5,15 +5,16 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 
 from infra.errors import UserError
 from infra.records import TrialResult
-from infra.samplers import FIRST_TILTS, SAMPLERS, StudyMirror, paper_grid, propose
+from infra.samplers import FIRST_TILTS, SAMPLERS, StudyMirror, Values, grid, propose
 
 BOUND = 0.0276
 FIRST = [tilt * BOUND for tilt in FIRST_TILTS]
@@ -26,15 +27,32 @@ def loss(beta: float, best: float) -> float:
     return 4.2 + 2.5 * tilt**2 + 2 * max(tilt, 0) ** 4
 
 
+def ask(
+    sampler: str,
+    history: Sequence[tuple[float, float | None]],
+    count: int = 4,
+    seed: int = 1,
+    low: float = -BOUND,
+    high: float = BOUND,
+) -> list[float]:
+    """Proposals for one number."""
+    proposed = propose(
+        sampler=sampler,
+        seed=seed,
+        wave=4,
+        count=count,
+        bounds={"beta": (low, high)},
+        history=[({"beta": beta}, loss) for beta, loss in history],
+    )
+    return [values["beta"] for values in proposed]
+
+
 def search(sampler: str, best: float, waves: int, failing: int = -1) -> list[float]:
     history: list[tuple[float, float | None]] = []
-    for wave in range(waves):
-        betas = propose(
-            sampler=sampler, seed=1, wave=wave, count=4, low=-BOUND, high=BOUND, history=history
-        )
+    for _ in range(waves):
         history += [
             (beta, None if len(history) + i == failing else loss(beta, best))
-            for i, beta in enumerate(betas)
+            for i, beta in enumerate(ask(sampler, history))
         ]
     return [beta for beta, _ in history]
 
@@ -48,19 +66,14 @@ def test_contract_of_every_sampler(sampler: str) -> None:
     optuna.samplers.RandomSampler().reseed_rng()  # no state outside the arguments
     assert search(sampler, best=0.01, waves=3, failing=6) == betas
     given = [(beta, loss(beta, 0.01)) for beta in betas]
-    other = {
-        seed: propose(
-            sampler=sampler, seed=seed, wave=3, count=2, low=-BOUND, high=BOUND, history=given
-        )
-        for seed in (1, 2)
-    }
+    other = {seed: ask(sampler, given, count=2, seed=seed) for seed in (1, 2)}
     assert (other[1] == other[2]) == (sampler == "bracket")
 
 
 @pytest.mark.parametrize("tilt", [-0.7, -0.1, 0.0, 0.29, 0.58, 0.95])
 def test_bracket_closes_in_wherever_the_minimum_is(tilt: float) -> None:
     best = tilt * BOUND
-    betas = search("bracket", best, waves=3)
+    betas = search("auto", best, waves=3)
     assert min(abs(beta - best) for beta in betas) < 0.07 * BOUND
 
 
@@ -68,47 +81,71 @@ def test_bracket_goes_on_around_failures_and_never_repeats_them() -> None:
     betas = search("bracket", best=0.012, waves=4, failing=5)
     assert betas.count(betas[5]) == 1
     assert min(abs(beta - 0.012) for beta in betas) < 0.04 * BOUND
-    dead = [(beta, None) for beta in FIRST]
-    asked = propose(
-        sampler="bracket", seed=0, wave=1, count=4, low=-BOUND, high=BOUND, history=dead
-    )
+    asked = ask("bracket", [(beta, None) for beta in FIRST])
     assert len({*asked, *FIRST}) == 8
 
 
 def test_first_wave_of_any_size_begins_with_uniform_and_keeps_to_the_bounds() -> None:
     for count in (1, 3, 9):
-        betas = propose(
-            sampler="bracket", seed=0, wave=0, count=count, low=-0.001, high=0.03, history=[]
-        )
-        assert len(set(betas)) == count and betas[0] == 0.0
-        assert all(-0.001 < beta < 0.03 for beta in betas)
-    history = [(0.0, 4.5)]
-    second = propose(
-        sampler="tpe", seed=0, wave=1, count=3, low=-BOUND, high=BOUND, history=history
-    )
-    assert second == FIRST[1:]
+        for low in (-0.001, 0.0):
+            betas = ask("bracket", [], count=count, low=low, high=0.03)
+            assert len(set(betas)) == count and betas[0] == 0.0
+            assert all(low <= beta < 0.03 for beta in betas)
+    assert ask("tpe", [(0.0, 4.5)], count=3) == FIRST[1:]
 
 
-def test_paper_grid_is_the_published_one_below_the_bound() -> None:
-    assert paper_grid(0.0051) == [0.0, 0.002, 0.004]
-    assert paper_grid(0.004) == [0.0, 0.002]  # the bound would delete a block
-    asked = propose(
-        sampler="grid", seed=0, wave=1, count=9, low=-0.01, high=0.0101, history=[(0.0, 1.0)]
-    )
+def test_a_number_that_uniform_is_the_lowest_of_is_found() -> None:
+    """As OWL's lambda, which is 0 for uniform and never less."""
+    history: list[tuple[float, float | None]] = []
+    for _ in range(3):
+        history += [(x, (x - 0.13) ** 2) for x in ask("bracket", history, low=0.0, high=0.4)]
+    assert min(abs(x - 0.13) for x, _ in history) < 0.02
+
+
+def many(history: Sequence[tuple[Values, float | None]], count: int, numbers: int) -> Any:
+    bounds = {f"block_{i}": (-0.2, 0.2) for i in range(numbers)}
+    return propose(sampler="auto", seed=3, wave=6, count=count, bounds=bounds, history=history)
+
+
+def test_many_numbers_are_searched_from_uniform_and_again_alike() -> None:
+    history: list[tuple[Values, float | None]] = []
+    while len(history) < 91:
+        wave = many(history, 6, numbers=8)
+        assert wave == many(history, 6, numbers=8)
+        losses = [sum((x - 0.02 * i) ** 2 for i, x in enumerate(v.values())) for v in wave]
+        if len(history) == 7:
+            losses[2] = None
+        history += zip(wave, losses, strict=True)
+    assert set(history[0][0].values()) == {0.0} and len(many([], 6, numbers=8)) == 1
+    told = [loss for _, loss in history if loss is not None]
+    assert min(told[60:]) < 0.6 * told[0]
+
+
+def test_a_sampler_of_one_number_refuses_two() -> None:
+    bounds = {"beta": (-1.0, 1.0), "bend": (-1.0, 1.0)}
+    with pytest.raises(UserError, match="searches one number, not beta, bend: use auto"):
+        propose(sampler="bracket", seed=0, wave=4, count=4, bounds=bounds, history=[])
+
+
+def test_grids() -> None:
+    assert grid("beta", 0.0051) == [0.0, 0.002, 0.004]
+    assert grid("beta", 0.004) == [0.0, 0.002]  # the bound would delete a block
+    asked = ask("grid", [(0.0, 1.0)], count=9, low=-0.01, high=0.0101)
     assert asked == [0.002, 0.004, 0.006, 0.008, 0.01]
+    assert grid("lambda", 0.4) == pytest.approx([0.04 * i for i in range(10)])
 
 
 def test_unknown_sampler_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'bracket'"):
-        propose(sampler="braket", seed=0, wave=0, count=1, low=-1, high=1, history=[])
+        ask("braket", [])
 
 
 def test_default_sampler_leaves_torch_alone() -> None:
     code = (
         "import sys; from infra.samplers import propose\n"
         "assert 'optuna' not in sys.modules\n"
-        "h = [(0.0, 1.0), (0.25, .5), (0.5, .7), (-.2, 2.0)]\n"
-        "propose(sampler='bracket', seed=0, wave=1, count=4, low=-1, high=1, history=h)\n"
+        "h = [({'b': x}, (x - .3) ** 2) for x in (0.0, 0.25, 0.5, -.2)]\n"
+        "propose(sampler='auto', seed=0, wave=4, count=4, bounds={'b': (-1, 1)}, history=h)\n"
         "assert 'optuna' in sys.modules and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -122,7 +159,7 @@ def mirrored(
 ) -> int:
     """Start, rebuild from files and stop; how many trials remain untold."""
     folder.mkdir(exist_ok=True, parents=True)
-    mirror = StudyMirror(folder, run, url, -BOUND, BOUND)
+    mirror = StudyMirror(folder, run, url, {"beta": (-BOUND, BOUND)})
     mirror.rebuild(results)
     return mirror.close()
 
@@ -138,7 +175,7 @@ def test_mirror_tells_each_trial_once_and_rungs_apart(make_result: Make, tmp_pat
         make_result(2, 0.02, state="failed"),
         make_result(3, 0.01, loss=3.9, rung=1),
     ]
-    mirror = StudyMirror(tmp_path, "a" * 32, "", -BOUND, BOUND)
+    mirror = StudyMirror(tmp_path, "a" * 32, "", {"beta": (-BOUND, BOUND)})
     for result in [*results, *results]:
         mirror.record(result)
     assert mirror.close() == 0 and mirror.problem == ""
@@ -171,7 +208,7 @@ def test_locked_storage_does_not_hold_up_the_search(
     assert mirrored(tmp_path, [make_result(0)]) == 0
     other = sqlite3.connect(tmp_path / "optuna.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
-    mirror = StudyMirror(tmp_path, "a" * 32, "", -BOUND, BOUND)
+    mirror = StudyMirror(tmp_path, "a" * 32, "", {"beta": (-BOUND, BOUND)})
     start = time.monotonic()
     for number in (1, 2):
         mirror.record(make_result(number, 0.001 * number))
@@ -204,5 +241,5 @@ def test_runs_of_one_name_share_a_storage_without_mixing(make_result: Make, tmp_
 @pytest.mark.parametrize("url", ["no url", "oracle9://host/db", "mysql+mysqldb://host/db"])
 def test_storage_that_cannot_be_used_is_refused_at_once(url: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"search\.storage=") as error:
-        StudyMirror(tmp_path, "a" * 32, url, -BOUND, BOUND)
+        StudyMirror(tmp_path, "a" * 32, url, {"beta": (-BOUND, BOUND)})
     assert "\n" not in str(error.value)
