@@ -104,6 +104,7 @@ class TrialResult(Frozen):
     block_rates: list[float] = []
     matrices: list[MatrixRecord] = []
     fallbacks: list[str] = Field(default=[], description="matrices that saw no calibration token")
+    notes: list[str] = Field(default=[], description="what a method had to do to prune a matrix")
     errors: list[BlockError] = []
     cost: Cost = Cost()
     attempts: int = Field(1, description="dispatches, the lost ones included")

@@ -55,6 +55,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         modality,
         rates,
         method=spec.prune.method,
+        pattern=spec.prune.pattern,
         pause_at=spec.prune.pause,
         calibration=calibration,
         evaluation=evaluation,
@@ -80,6 +81,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         block_rates=rates,
         matrices=outcome.matrices,
         fallbacks=outcome.fallbacks,
+        notes=outcome.notes,
         errors=outcome.errors,
         weights_sha256=modality.weights.sha256,
         cost=Cost(
