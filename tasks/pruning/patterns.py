@@ -21,7 +21,7 @@ from infra.errors import UserError
 from infra.records import MatrixRecord
 
 UNSTRUCTURED = "unstructured"
-_MOST_SUMS = 20_000  # that mixed_groups tells apart
+_MOST_SUMS = 4_000  # that mixed_groups tells apart
 
 
 @dataclass(frozen=True)

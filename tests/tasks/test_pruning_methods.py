@@ -3,6 +3,7 @@
 python -m pytest tests/tasks/test_pruning_methods.py
 """
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -185,7 +186,7 @@ def test_weights_that_their_dtype_cannot_hold_are_an_error() -> None:
         pruned(weight, inputs + 1, "sparsegpt", rate=0.9)
 
 
-SEEDS = range(6)
+SEEDS = range(4)
 CASES = [("unstructured", 0.5), ("unstructured", 0.8), ("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.5)]
 
 
@@ -197,7 +198,7 @@ def output_error(weight: Tensor, new: Tensor, inputs: Tensor) -> float:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_alps_is_below_sparsegpt_and_that_below_wanda(seed: int, pattern: str, rate: float) -> None:
     """The output's error on the calibration inputs, which all of them look at."""
-    weight, inputs = layer(seed, out=32, in_=160 if seed % 2 else 64, tokens=400)
+    weight, inputs = layer(seed, out=24, in_=160 if seed % 2 else 48, tokens=400)
     errors = [
         output_error(weight, pruned(weight, inputs, method, pattern, rate), inputs)
         for method in ("alps", "sparsegpt", "wanda", "magnitude")
@@ -224,7 +225,7 @@ def slow_dsnot(weight: Tensor, statistics: InputStatistics, mask: Tensor, size: 
     norms = statistics.squares.sqrt()
     for row in range(weight.shape[0]):
         share = weight[row] * statistics.mean
-        score = weight[row].abs() * norms
+        score, worth = weight[row].abs() * norms, share / statistics.variance
         error = float(share[mask[row]].sum())
         for _ in range(50):
             sign = 1 if error > 0 else -1
@@ -234,11 +235,9 @@ def slow_dsnot(weight: Tensor, statistics: InputStatistics, mask: Tensor, size: 
                 back = [j for j in group if mask[row, j] and share[j] * sign > 0]
                 gone = [j for j in group if not mask[row, j] and share[j] * sign < 0]
                 if back and gone:
-                    best = max(back, key=lambda j: float(share[j] / statistics.variance[j]) * sign)
+                    best = max(back, key=lambda j: float(worth[j]) * sign)
                     least = min(gone, key=lambda j: float(score[j]))
-                    pairs.append(
-                        (float(share[best] / statistics.variance[best]) * sign, best, least)
-                    )
+                    pairs.append((float(worth[best]) * sign, best, least))
             if not pairs:
                 break
             _, best, least = max(pairs)
@@ -296,7 +295,7 @@ def test_sparsegpt_equals_its_rule_told_slowly(group: Any) -> None:
     new = weight.clone()
     prune_in_place(new, measured("sparsegpt", inputs), method="sparsegpt", budget=budget)
     shares = [round(2880 * stop / 300) for stop in (0, 128, 256, 300)]
-    panels = [b - a for a, b in zip(shares, shares[1:], strict=False)]
+    panels = [b - a for a, b in pairwise(shares)]
     expected = slow_sparsegpt(weight, inputs, group, panels)
     assert torch.equal(new == 0, expected == 0)
     torch.testing.assert_close(new, expected, rtol=1e-3, atol=1e-4)
