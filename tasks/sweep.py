@@ -79,6 +79,13 @@ def sweep(
     return made.run(calibration, evaluation, dense)
 
 
+def refuse_unfit(
+    modality: Modality, rates: Sequence[float], *, method: str, pattern: str = UNSTRUCTURED
+) -> None:
+    """Raise UserError where a sweep could not begin: a pattern that no matrix of a shape takes."""
+    _Sweep(modality, rates, method, pattern, "linear", keep=False)
+
+
 class _Sweep:
     def __init__(
         self,

@@ -106,12 +106,14 @@ def describe_model(trials: Sequence[TrialSpec]) -> ModelRecord:
     differs from a plain loop's in a single bit.
     """
     from tasks.pruning import method_named
+    from tasks.sweep import refuse_unfit
 
     first = trials[0]
     method_named(first.prune.method)
     modality = loaded(first.model)
     for trial in trials:
-        block_rates(trial.prune, modality.record("").block_params())
+        rates = block_rates(trial.prune, modality.record("").block_params())
+        refuse_unfit(modality, rates, method=trial.prune.method, pattern=trial.prune.pattern)
         modality.calibration_batches(trial.data, trial.calibration)
         modality.evaluation_batches(trial.data, trial.split, trial.windows, trial.context)
     batches = modality.evaluation_batches(first.data, first.split, first.windows, first.context)

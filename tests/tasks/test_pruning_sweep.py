@@ -3,6 +3,7 @@
 python -m pytest tests/tasks/test_pruning_sweep.py
 """
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -151,6 +152,27 @@ def test_experts_without_tokens_fall_back_and_are_named(
         parameter, _, expert = name.partition("[")
         index = int(expert.rstrip("]"))
         assert torch.equal(gone[parameter][index], magnitude[parameter][index]), name
+
+
+@pytest.mark.parametrize("pause", PAUSES)
+def test_hessians_of_a_block_are_freed_before_the_next(
+    loaded: Loaded, batches: Batches, monkeypatch: pytest.MonkeyPatch, pause: Any
+) -> None:
+    modality = loaded("llama")
+    calibration, _ = batches(modality)
+    alive: list[int] = []
+    check = modality.check_untouched
+
+    def count(index: int | None) -> None:
+        """Called when all batches have passed a block, and at the end."""
+        known = (x for x in gc.get_objects() if type(x) is InputStatistics)
+        alive.append(sum(x._gram is not None for x in known))
+        check(index)
+
+    monkeypatch.setattr(modality, "check_untouched", count)
+    gc.collect()  # what other tests left
+    swept(modality, calibration, "sparsegpt", pause, keep=False)
+    assert alive == [0] * 4
 
 
 def test_routers_stay(loaded: Loaded, batches: Batches) -> None:
