@@ -111,6 +111,7 @@ class TrialResult(Frozen):
     clamped: int = Field(0, description="rates that had to be clamped to stay in range")
     matrices: list[MatrixRecord] = []
     fallbacks: list[str] = Field(default=[], description="matrices that saw no calibration token")
+    notes: list[str] = Field(default=[], description="what a method had to do to prune a matrix")
     errors: list[BlockError] = []
     cost: Cost = Cost()
     attempts: int = Field(1, description="dispatches, the lost ones included")

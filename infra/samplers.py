@@ -86,7 +86,7 @@ def _seed(seed: int, tried: int) -> int:
 
 
 def _space(bounds: Bounds) -> dict[str, optuna.distributions.BaseDistribution]:
-    """A little inside of the bounds: gp likes to propose a bound itself. 0 is uniform, and legal."""
+    """A little inside of the bounds, which gp likes to propose; 0 is uniform, and legal."""
     from optuna.distributions import FloatDistribution
 
     most = 1 - 1e-6

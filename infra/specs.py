@@ -5,11 +5,19 @@
 Unknown keys are refused with the nearest known one. Nothing here imports torch.
 """
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from infra.errors import UserError, nearest
 
@@ -88,6 +96,11 @@ class PruneSpec(Frozen):
 
     sparsity: float = Field(0.6, ge=0, lt=1, description="mean share of zeros")
     method: str = "wanda"
+    pattern: str = Field(
+        "unstructured",
+        description="unstructured; N:M, such as 2:4, keeps N of every M along the input; N:8 has "
+        "one N per block, by its rate",
+    )
     allocation: str = Field("arithmetic", description="a name, or a file of rates: rates.json")
     beta: float = Field(0.0, description="common difference for `prune`; `search` finds it")
     parameters: dict[str, float] = Field(
@@ -114,6 +127,14 @@ class PruneSpec(Frozen):
         if len(numbers) > 4:
             return f"{self.allocation}, {len(numbers)} numbers"
         return " ".join([self.allocation, *(f"{n} {v:.4g}" for n, v in numbers.items())])
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, value: str) -> str:
+        found = re.fullmatch(r"unstructured|(N|[0-9]+):([0-9]+)", value)
+        if not found or (found[1] not in (None, "N") and not 0 < int(found[1]) < int(found[2])):
+            raise ValueError("write unstructured, N:M such as 2:4, or N:8 for one N per block")
+        return value
 
 
 class SearchSpec(Frozen):

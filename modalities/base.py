@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from infra.errors import UserError
 from infra.records import MatrixRecord, ModelRecord, Split
 from infra.specs import CalibrationSpec, DataSpec
 from modalities.blocks import Block
@@ -107,6 +108,10 @@ class Modality(ABC):
     @abstractmethod
     def losses(self, batch: Batch) -> list[float]:
         """One forward; nats per scored token of each window."""
+
+    def window_losses(self, batch: Batch) -> list[Tensor]:
+        """`losses` as tensors, for what asks for their gradients."""
+        raise UserError(f"{type(self).__name__} gives no gradients: use another prune.method")
 
     @abstractmethod
     def scored_tokens(self, batch: Batch) -> list[int]:

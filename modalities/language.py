@@ -132,6 +132,10 @@ class LanguageModality(Modality):
 
     def losses(self, batch: Batch) -> list[float]:
         """Mean negative log-likelihood of each window's tokens after its first, in nats."""
+        return [float(loss) for loss in self.window_losses(batch)]
+
+    def window_losses(self, batch: Batch) -> list[Tensor]:
+        """The same as tensors of one graph."""
         logits: Tensor = self.run(batch).logits
         sums = []
         for row, ids in zip(logits, batch.ids, strict=True):
@@ -142,7 +146,7 @@ class LanguageModality(Modality):
                 )
             ]
             sums.append(torch.stack(parts).sum(dtype=torch.float64))
-        return [float(x) / (batch.ids.shape[1] - 1) for x in sums]
+        return [x / (batch.ids.shape[1] - 1) for x in sums]
 
     def scored_tokens(self, batch: Batch) -> list[int]:
         """All tokens of a window but its first."""

@@ -47,8 +47,12 @@ class Matrix:
 
     def weight(self) -> Tensor:
         """A view of the weights, out x in; writing to it changes the model."""
-        stored = self.stored().flatten(1)
-        return stored.t() if self.transposed else stored
+        return self.of(self.block.get_parameter(self.parameter).data)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Its part, out x in, of a tensor that is shaped as its parameter."""
+        part = (whole if self.expert is None else whole[self.expert]).flatten(1)
+        return part.t() if self.transposed else part
 
     @property
     def params(self) -> int:

@@ -52,6 +52,7 @@ def save_checkpoint(
             "dtype": spec.model.dtype,
             "dense_sha256": modality.weights.sha256,
             "method": spec.prune.method,
+            "pattern": spec.prune.pattern,
             "allocation": spec.prune.allocation,
             "pause": spec.prune.pause,
             "sparsity": spec.prune.sparsity,

@@ -12,7 +12,7 @@ pruned block once. A block's weights are on the device only while batches stand 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,8 +27,11 @@ from modalities.base import Batch, Modality
 from modalities.products import Matrix, ProductWatcher
 from tasks.allocation import zeros_per_matrix
 from tasks.errors import ErrorCurve
-from tasks.lockstep import Lockstep, Pass, Run, pause
-from tasks.pruning import ColumnNorms, prune_in_place
+from tasks.gradients import matrix_gradients
+from tasks.lockstep import Lockstep, Pass, Run, pause, torch_state_set_aside
+from tasks.pruning import method_named, prune_in_place
+from tasks.pruning.inputs import InputStatistics
+from tasks.pruning.patterns import UNSTRUCTURED, budgets
 
 
 @dataclass
@@ -39,15 +42,17 @@ class Outcome:
     dense_losses: list[float] = field(default_factory=list)
     matrices: list[MatrixRecord] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     errors: list[BlockError] = field(default_factory=list)
     token_passes: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AtProduct:
-    """A calibration run stands before the product with a matrix, its inputs already counted."""
+    """A calibration run stands before the product of a matrix with `inputs`, tokens x in."""
 
     matrix: Matrix
+    inputs: Tensor
 
 
 def sweep(
@@ -55,6 +60,7 @@ def sweep(
     rates: Sequence[float],
     *,
     method: str,
+    pattern: str = UNSTRUCTURED,
     pause_at: Literal["block", "linear"],
     calibration: Sequence[Batch],
     evaluation: Sequence[Batch],
@@ -63,17 +69,32 @@ def sweep(
 ) -> Outcome:
     """Prune the matrices at one rate each, as modality.matrices() orders them, and evaluate.
 
+    `pattern` is unstructured, N:M for N of every M kept, or N:8 for one N per block by its rate.
     `dense` lets a dense copy of the evaluation ride along, for its losses and the error of every
     block. `keep` leaves the pruned weights in the model; otherwise each block is dense again as
     soon as all batches have passed it. Raises RuntimeError where the result is not what was asked
     for: a wrong number of zeros, something changed that is not prunable, a loss that is not finite.
     """
-    return _Sweep(modality, rates, method, pause_at, keep).run(calibration, evaluation, dense)
+    made = _Sweep(modality, rates, method, pattern, pause_at, keep)
+    return made.run(calibration, evaluation, dense)
+
+
+def refuse_unfit(
+    modality: Modality, rates: Sequence[float], *, method: str, pattern: str = UNSTRUCTURED
+) -> None:
+    """Raise UserError where a sweep could not begin: a pattern that no matrix of a shape takes."""
+    _Sweep(modality, rates, method, pattern, "linear", keep=False)
 
 
 class _Sweep:
     def __init__(
-        self, modality: Modality, rates: Sequence[float], method: str, pause_at: str, keep: bool
+        self,
+        modality: Modality,
+        rates: Sequence[float],
+        method: str,
+        pattern: str,
+        pause_at: str,
+        keep: bool,
     ) -> None:
         self.modality, self.method, self.pause_at, self.keep = modality, method, pause_at, keep
         self.outcome = Outcome()
@@ -85,6 +106,12 @@ class _Sweep:
         )
         self.plan = [[(m, next(records)) for m in block.matrices] for block in modality.blocks]
         self.pruning = any(zeros)
+        self.needs = method_named(method).needs
+        flat = [(matrix, record) for block in self.plan for matrix, record in block]
+        shapes = [matrix.weight().shape for matrix, _ in flat]
+        chosen = budgets(pattern, [record for _, record in flat], shapes)
+        self.budgets = {m: budget for (m, _), budget in zip(flat, chosen, strict=True)}
+        self.gradients: dict[Matrix, Tensor] = {}
         self._touched: set[int] = set()
 
     def run(
@@ -93,6 +120,8 @@ class _Sweep:
         modality, outcome = self.modality, self.outcome
         blocks = [(block.name, block.module) for block in modality.blocks]
         calibration = calibration if self.pruning else ()
+        if self.pruning and "gradient" in self.needs:
+            self.gradients = matrix_gradients(modality, calibration)
         last = len(blocks) - 1
         with torch.no_grad(), ExitStack() as stack:
             limit = modality.states_limit_bytes()
@@ -114,6 +143,7 @@ class _Sweep:
             self._check(len(modality.matrices()))
             self._touched.clear()  # what is kept stays as it is
         passes = 2 if self.pause_at == "block" else 1
+        passes += 3 if "gradient" in self.needs else 0  # a backward takes about two forwards
         outcome.token_passes = sum(b.tokens for b in calibration) * passes
         outcome.token_passes += sum(b.tokens for b in evaluation) * (2 if dense else 1)
         return outcome
@@ -167,73 +197,114 @@ class _Sweep:
 
     def _prune_block(self, index: int, calibrating: list[Run], close: bool) -> None:
         """Two passes: all inputs of the dense block first, then its pruned outputs."""
-        norms = {matrix: ColumnNorms() for matrix, _ in self.plan[index]}
+        meter, matrices = _Meter(self.needs), [matrix for matrix, _ in self.plan[index]]
         for run in calibrating:
-            run.resume(Pass(ProductWatcher(norms, _Meter(norms)), again=True))
+            run.resume(Pass(ProductWatcher(matrices, meter), again=True))
+            meter.close()
+        measured = meter.result(matrices)
         for matrix, record in self.plan[index]:
-            self._prune(matrix, record, norms[matrix])
+            self._prune(matrix, record, measured.pop(matrix))  # freed with its last user
         for run in calibrating:
             run.close() if close else run.resume(Pass())
 
     def _prune_products(self, index: int, calibrating: list[Run], close: bool) -> None:
         """One pass: every matrix is pruned the moment all its inputs are there."""
-        norms = {matrix: ColumnNorms() for matrix, _ in self.plan[index]}
+        measured, keys = InputStatistics(self.needs), list[Any]()
         order = {matrix: place for place, (matrix, _) in enumerate(self.plan[index])}
         done: set[Matrix] = set()
 
-        def watch(meter: _Meter, matrix: Matrix, inputs: Tensor) -> None:
+        def watch(matrix: Matrix, inputs: Tensor) -> None:
             if matrix in done:
                 raise UserError(
                     f"{self.modality.blocks[index].name}.{matrix.name} is multiplied again after "
                     "it was pruned: use prune.pause=block"
                 )
-            meter(matrix, inputs)
-            pause(AtProduct(matrix))
+            pause(AtProduct(matrix, inputs))
 
         for run in calibrating:
-            watcher = ProductWatcher(norms, partial(watch, _Meter(norms)))
-            run.resume(Pass(watcher, seen=pause if close else None))
+            run.resume(Pass(ProductWatcher(order, watch), seen=pause if close else None))
         while waiting := [run for run in calibrating if isinstance(run.place, AtProduct)]:
             matrix = min((run.place.matrix for run in waiting), key=order.__getitem__)
-            self._prune(matrix, self.plan[index][order[matrix]][1], norms[matrix])
+            here = [run for run in waiting if run.place.matrix is matrix]
+            inputs = [run.place.inputs for run in here]
+            if (new := [_identity(each) for each in inputs]) != keys:
+                keys, measured, held = new, InputStatistics(self.needs), inputs
+                for each in held:  # kept until then, so that no other tensor gets their address
+                    measured.add(each)
+            self._prune(matrix, self.plan[index][order[matrix]][1], measured)
             done.add(matrix)
-            for run in waiting:
-                if run.place.matrix is matrix:
-                    run.resume(None)
+            for run in here:
+                run.resume(None)
         for matrix, record in self.plan[index]:
             if matrix not in done:
-                self._prune(matrix, record, norms[matrix])
+                self._prune(matrix, record, InputStatistics(self.needs))
         if close:
             for run in calibrating:
                 run.close()
 
-    def _prune(self, matrix: Matrix, record: MatrixRecord, norms: ColumnNorms) -> None:
+    def _prune(self, matrix: Matrix, record: MatrixRecord, inputs: InputStatistics) -> None:
         weight, name = matrix.weight(), f"{self.modality.blocks[record.block].name}.{matrix.name}"
         if not torch.isfinite(weight.sum(dtype=torch.float32)):
             raise RuntimeError(f"{name} holds NaN or infinity")
-        if norms.squares is not None and not torch.isfinite(norms.squares.sum()):
-            raise RuntimeError(f"the inputs of {name} hold NaN or infinity")
-        if not prune_in_place(weight, norms, method=self.method, zeros=record.zeros):
+        if matrix in self.gradients:
+            inputs.gradient = self.gradients.pop(matrix).to(weight.device)
+        if not inputs.are_finite:
+            raise RuntimeError(f"the inputs of {name} hold NaN or infinity, or its gradients do")
+        budget = self.budgets[matrix]
+        if not prune_in_place(weight, inputs, method=self.method, budget=budget):
             self.outcome.fallbacks.append(name)
+        elif inputs.note:
+            self.outcome.notes.append(f"{name}: {inputs.note}")
         zeros = int(weight.numel() - weight.count_nonzero())
-        if zeros < record.zeros:
-            raise RuntimeError(f"{name}: {zeros} zeros instead of {record.zeros}")
+        if zeros < budget.zeros:
+            raise RuntimeError(f"{name}: {zeros} zeros instead of {budget.zeros}")
         self.outcome.matrices.append(record.model_copy(update={"zeros": zeros}))
 
 
 class _Meter:
-    """Adds inputs to the norms of a matrix; inputs shared by several matrices are read once."""
+    """Measures the inputs of matrices; those with the same inputs share what is measured."""
 
-    def __init__(self, norms: dict[Matrix, ColumnNorms]) -> None:
-        self.norms = norms
-        self._last: tuple[Any, Tensor] | None = None
-        self._shared = ColumnNorms()
+    def __init__(self, needs: Collection[str]) -> None:
+        self.needs = needs
+        self._sums: dict[tuple[Matrix, ...], InputStatistics] = {}
+        self._last: tuple[Any, Tensor, InputStatistics] | None = None
+        self._users: list[Matrix] = []
 
     def __call__(self, matrix: Matrix, inputs: Tensor) -> None:
-        version = object() if inputs.is_inference() else inputs._version  # never equal, if unknown
-        key = (inputs.data_ptr(), inputs.shape, inputs.stride(), version)
+        """Called inside a run, in whatever contexts the model has entered there."""
+        key = _identity(inputs)
         if self._last is None or self._last[0] != key:
-            self._shared = ColumnNorms()
-            self._shared.add(inputs)
-            self._last = (key, inputs)  # holding the tensor keeps its address from being reused
-        self.norms[matrix].merge(self._shared)
+            with torch_state_set_aside():
+                self.close()
+                measured = InputStatistics(self.needs)
+                measured.add(inputs)
+            self._last = key, inputs, measured  # holding the tensor keeps its address its own
+        self._users.append(matrix)
+
+    def close(self) -> None:
+        """No other matrix has the same inputs as the last ones."""
+        if self._last is not None:
+            whole = self._sums.setdefault(tuple(self._users), InputStatistics(self.needs))
+            whole.merge(self._last[2])
+        self._last, self._users = None, []
+
+    def result(self, matrices: Sequence[Matrix]) -> dict[Matrix, InputStatistics]:
+        """Of each matrix, over all groups that it was in."""
+        found: dict[Matrix, InputStatistics] = {}
+        for users, measured in self._sums.items():
+            for matrix in users:
+                if matrix in found:
+                    together = InputStatistics(self.needs)
+                    together.merge(found[matrix])
+                    together.merge(measured)
+                    found[matrix] = together
+                else:
+                    found[matrix] = measured
+        self._sums.clear()
+        return {m: found.get(m) or InputStatistics(self.needs) for m in matrices}
+
+
+def _identity(inputs: Tensor) -> Any:
+    """Equal for the same contents of the same memory, as long as the tensor is held."""
+    version = object() if inputs.is_inference() else inputs._version  # never equal, if unknown
+    return inputs.data_ptr(), inputs.shape, inputs.stride(), version

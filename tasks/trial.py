@@ -56,6 +56,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         modality,
         plan.rates,
         method=spec.prune.method,
+        pattern=spec.prune.pattern,
         pause_at=spec.prune.pause,
         calibration=calibration,
         evaluation=evaluation,
@@ -82,6 +83,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         clamped=plan.clamped,
         matrices=outcome.matrices,
         fallbacks=outcome.fallbacks,
+        notes=outcome.notes,
         errors=outcome.errors,
         weights_sha256=modality.weights.sha256,
         cost=Cost(
@@ -106,12 +108,14 @@ def describe_model(trials: Sequence[TrialSpec]) -> ModelRecord:
     differs from a plain loop's in a single bit.
     """
     from tasks.pruning import method_named
+    from tasks.sweep import refuse_unfit
 
     first = trials[0]
     method_named(first.prune.method)
     modality = loaded(first.model)
     for trial in trials:
-        check_rates(trial.prune, modality.matrices())
+        rates = check_rates(trial.prune, modality.matrices())
+        refuse_unfit(modality, rates, method=trial.prune.method, pattern=trial.prune.pattern)
         modality.calibration_batches(trial.data, trial.calibration)
         modality.evaluation_batches(trial.data, trial.split, trial.windows, trial.context)
     batches = modality.evaluation_batches(first.data, first.split, first.windows, first.context)

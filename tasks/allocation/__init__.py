@@ -247,11 +247,15 @@ def rates_of(prune: PruneSpec, matrices: Matrices, profile: Sequence[float]) -> 
     return plan_of(prune, matrices, profile).rates
 
 
-def check_rates(prune: PruneSpec, matrices: Matrices) -> None:
-    """Raises UserError where a spec names what there is not, or a beta that is infeasible."""
+def check_rates(prune: PruneSpec, matrices: Matrices) -> list[float]:
+    """The rates of `plan_of`, the sparsity for all of them where something is to be measured first.
+
+    Raises UserError where a spec names what there is not, or a beta that is infeasible.
+    """
     values_of(prune, matrices)
     if allocation_named(prune.allocation).measure is None:
-        rates_of(prune, matrices, ())
+        return rates_of(prune, matrices, ())
+    return [prune.sparsity] * len(matrices)
 
 
 def measure_rates(

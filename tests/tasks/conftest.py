@@ -1,12 +1,22 @@
 """Tiny models on their mapped weights, loaded once for all tests of a process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from infra.specs import CalibrationSpec, DataSpec
 from tests.models import load, write_checkpoint, write_text
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads cost tiny products more than they save: tenfold where other processes run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from infra.sources import sha256_of
 from modalities.base import Batch
 from tasks.pruning import METHODS
 from tests.models import FAMILIES
+from tests.tasks.layers import only_masks
 from tests.tasks.sweeps import (
     PAUSES,
     TILTED,
@@ -26,10 +27,16 @@ from tests.tasks.sweeps import (
     weights,
 )
 
+CASES = [
+    (family, method)
+    for family in FAMILIES
+    for method in METHODS
+    if method == "wanda" or family in ("llama", "mixtral", "gpt2")
+]
+
 
 @pytest.mark.parametrize("pause", PAUSES)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, method", CASES)
 def test_a_sweep_gives_what_a_plain_forward_of_the_pruned_model_gives(
     loaded: Loaded, batches: Batches, family: str, method: str, pause: Any
 ) -> None:
@@ -47,7 +54,7 @@ def test_a_sweep_gives_what_a_plain_forward_of_the_pruned_model_gives(
         outcome = sweep(modality, rates, keep=True, **options)
         assert outcome.losses == plain(modality, evaluation)  # bit for bit
         check_zeros(modality, outcome, rates)
-        check_untouched(modality, before)
+        check_untouched(modality, before, updated=not only_masks(method))
     assert plain(modality, evaluation) == dense
     assert outcome.losses != dense
     again = sweep(modality, rates, dense=True, **options)

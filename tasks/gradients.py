@@ -1,0 +1,77 @@
+"""Gradients of the dense model's loss with respect to its prunable matrices.
+
+gradients = matrix_gradients(modality, calibration_batches)
+gradients[modality.blocks[0].matrices[0]]     # out x in, on the host
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from modalities.base import Batch, Modality
+from modalities.products import Matrix
+
+Key = tuple[int, str]
+
+
+def matrix_gradients(modality: Modality, batches: Sequence[Batch]) -> dict[Matrix, Tensor]:
+    """The root of the summed squared gradients of every window's loss, in float32 on the host.
+
+    One forward and backward per window, with the weights of all blocks on the device at once.
+    Zero where no window reached an expert.
+    """
+    sums: dict[Key, Tensor] = {}
+    wanted = {(i, m.parameter) for i, block in enumerate(modality.blocks) for m in block.matrices}
+    with ExitStack() as stack:
+        for index in range(len(modality.blocks)):
+            stack.callback(modality.release_block, index)
+            modality.attach_block(index)
+        for parameter in modality.model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        for key in wanted:
+            parameter = modality.blocks[key[0]].module.get_parameter(key[1])
+            parameter.requires_grad_(True)
+            hook = parameter.register_post_accumulate_grad_hook(partial(_take, sums, key))
+            stack.callback(hook.remove)
+        stack.enter_context(torch.enable_grad())
+        for batch in batches:
+            for row in range(batch.ids.shape[0]):
+                one = Batch(batch.ids[row : row + 1], batch.bytes[row : row + 1])
+                for loss in modality.window_losses(one):
+                    _refuse_overflow(modality, loss)
+                    loss.backward()
+    for total in sums.values():
+        total.sqrt_()
+    return {
+        matrix: (
+            matrix.of(sums[index, matrix.parameter])
+            if (index, matrix.parameter) in sums
+            else torch.zeros_like(matrix.weight(), dtype=torch.float32, device="cpu")
+        )
+        for index, block in enumerate(modality.blocks)
+        for matrix in block.matrices
+    }
+
+
+def _refuse_overflow(modality: Modality, loss: Tensor) -> None:
+    if torch.isfinite(loss):
+        return
+    for block in modality.blocks:
+        for matrix in block.matrices:
+            if not torch.isfinite(matrix.weight().sum(dtype=torch.float32)):
+                raise RuntimeError(f"{block.name}.{matrix.name} holds NaN or infinity")
+    raise RuntimeError("the loss of the dense model is NaN or infinity, so it has no gradients")
+
+
+def _take(sums: dict[Key, Tensor], key: Key, parameter: nn.Parameter) -> None:
+    """Square a gradient as soon as it is there and free the device of it."""
+    assert parameter.grad is not None
+    squares = parameter.grad.float().square_().cpu()
+    parameter.grad = None
+    sums[key] = sums[key].add_(squares) if key in sums else squares

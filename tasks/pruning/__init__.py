@@ -1,0 +1,127 @@
+"""Pruning methods: which weights of one matrix become zero, and what becomes of the others.
+
+    new = prune_weight(weight, inputs, method="sparsegpt", rate=0.7)
+    new = prune_weight(weight, inputs, method="wanda", pattern="2:4")
+
+`weight` is out x in, `inputs` tokens x in. A method is one function of a weight, of what was
+measured of its inputs, and of a budget of zeros; adding one is that function plus a line in
+METHODS. Read on: inputs.py, patterns.py, then one file per kind of method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infra.errors import UserError, nearest
+from tasks.pruning.alps import alps
+from tasks.pruning.dsnot import dsnot
+from tasks.pruning.inputs import InputStatistics
+from tasks.pruning.patterns import Budget, parse_pattern
+from tasks.pruning.scores import magnitude, pruner_zero, wanda
+from tasks.pruning.sparsegpt import published_zeros, sparsegpt
+
+
+def _per_row(out: int, in_: int, rate: float) -> int:
+    return out * int(in_ * rate)
+
+
+@dataclass(frozen=True)
+class Method:
+    """`prune(weight, inputs, budget)` gets a float32 weight, which it leaves as it is, and gives a
+    mask of the weights that go or, where the others change as well, the new weights.
+
+    `needs` names what InputStatistics must measure: any of norms, moments, gram and gradient.
+    `published_zeros` is the count that the published rule gives for (out, in, rate).
+    """
+
+    prune: Callable[[Tensor, InputStatistics, Budget], Tensor]
+    needs: Collection[str] = ()
+    published_zeros: Callable[[int, int, float], int] = _per_row
+
+
+METHODS: dict[str, Method] = {
+    "magnitude": Method(magnitude, (), lambda out, in_, s: min(out * in_, int(out * in_ * s) + 1)),
+    "wanda": Method(wanda, ("norms",)),
+    "pruner-zero": Method(pruner_zero, ("gradient",)),
+    "dsnot": Method(dsnot, ("norms", "moments")),
+    "sparsegpt": Method(sparsegpt, ("gram",), published_zeros),
+    "alps": Method(alps, ("gram",), lambda out, in_, s: int(out * in_ * s)),
+}
+
+
+def method_named(name: str) -> Method:
+    """Look a method up; raises UserError with the nearest known name."""
+    if name not in METHODS:
+        raise UserError(f"unknown prune.method={name!r}: {nearest(name, METHODS)}")
+    return METHODS[name]
+
+
+@torch.no_grad()
+def prune_weight(
+    weight: Tensor,
+    inputs: Tensor,
+    *,
+    method: str = "wanda",
+    rate: float | None = None,
+    pattern: str | None = None,
+    gradient: Tensor | None = None,
+) -> Tensor:
+    """A pruned copy of one matrix: by the published count of zeros at a rate, or by a pattern.
+
+    weight: out x in. inputs: tokens x in. rate: share of zeros in [0, 1). pattern: N:M keeps N of
+    every M along the input. gradient: out x in, of the loss, for Pruner-Zero.
+    """
+    chosen = method_named(method)
+    if (rate is None) == (pattern is None):
+        raise UserError("prune_weight needs a rate or a pattern, and not both")
+    if weight.ndim != 2 or inputs.ndim != 2 or inputs.shape[1] != weight.shape[1]:
+        raise UserError(
+            f"weight {tuple(weight.shape)} and inputs {tuple(inputs.shape)} do not fit: they must "
+            "be out x in and tokens x in"
+        )
+    if rate is not None:
+        if not 0 <= rate < 1:
+            raise UserError(f"rate={rate:g} is not in [0, 1)")
+        budget = Budget(chosen.published_zeros(weight.shape[0], weight.shape[1], rate))
+    else:
+        kept, size = parse_pattern(str(pattern)) or (None, 0)
+        if kept is None:
+            raise UserError(f"pattern={pattern!r} has no numbers: write 2:4, or give a rate")
+        budget = Budget.in_groups((kept, size), weight.shape)
+    statistics = InputStatistics(chosen.needs)
+    if "gradient" in chosen.needs:
+        if gradient is None or gradient.shape != weight.shape:
+            raise UserError(f"method={method!r} needs a gradient of the weight's shape")
+        statistics.gradient = gradient
+    elif chosen.needs:
+        statistics.add(inputs)
+    if not statistics.measured:
+        raise UserError(f"method={method!r} needs inputs, or a gradient, that are not all missing")
+    new = weight.detach().clone()
+    prune_in_place(new, statistics, method=method, budget=budget)
+    return new
+
+
+def prune_in_place(weight: Tensor, inputs: InputStatistics, *, method: str, budget: Budget) -> bool:
+    """Set at least `budget.zeros` weights of a matrix to zero: exactly so many, where a method
+    leaves no weight at zero by itself. weight: out x in, a view into the model.
+
+    Returns False where the method needs inputs and saw none, so that magnitude was used instead:
+    an expert that no calibration token reached.
+    """
+    measured = inputs.measured
+    if budget.zeros == 0:
+        return measured
+    chosen = method_named(method) if measured else METHODS["magnitude"]
+    new = chosen.prune(weight.float(), inputs, budget)
+    if new.is_floating_point():
+        weight.copy_(new)
+        if not torch.isfinite(weight.sum(dtype=torch.float32)):
+            raise RuntimeError(f"{method} gives weights that {weight.dtype} cannot hold")
+    else:
+        weight.masked_fill_(new, 0)
+    return measured
