@@ -208,7 +208,7 @@ class _Mirror:
         }
         if result.state == "complete":
             metrics |= {"loss": result.loss, "perplexity": math.exp(result.loss)}
-        self._log(run, end, _flat(spec.model_dump()), metrics)
+        self._log(run, end, _flat(spec.model_dump(exclude={"profile"})), metrics)
         # Last, because a run that has ended counts as pushed.
         status = "FINISHED" if result.state == "complete" else "FAILED"
         self.client.set_terminated(run, status, end)

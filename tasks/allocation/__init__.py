@@ -12,18 +12,16 @@ ALLOCATIONS. Measuring needs torch, which is imported only then: a search's driv
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import UserError, nearest
 from infra.specs import PruneSpec
 from tasks.allocation import families
-from tasks.allocation.budget import Plan, weighted_mean, zeros_per_matrix
+from tasks.allocation.budget import Plan, zeros_per_matrix
 from tasks.allocation.families import (
     Allocation,
     Matrices,
@@ -31,9 +29,9 @@ from tasks.allocation.families import (
     block_params,
     block_rates,
     fixed,
-    params_of,
     spread,
 )
+from tasks.allocation.files import from_file, full_names, load_rates, save_rates
 from tasks.allocation.line import (
     arithmetic_rates,
     bend_bounds,
@@ -74,8 +72,6 @@ __all__ = [
     "with_values",
     "zeros_per_matrix",
 ]
-
-_ROUNDED = 1e-3  # how far the mean of rates from a file may be from the sparsity, and is repaired
 
 
 def _measure(module: str, function: str) -> Callable[..., list[float]]:
@@ -173,7 +169,7 @@ def allocation_named(name: str) -> Allocation:
     Raises UserError with the nearest known name, or with the reason why it is not here.
     """
     if name.endswith(".json"):
-        return Allocation(families.measured, measure=partial(_from_file, name), cost="none")
+        return Allocation(families.measured, measure=partial(from_file, name), cost="none")
     if name in NOT_REPRODUCED:
         raise UserError(f"prune.allocation={name!r} is not reproduced: {NOT_REPRODUCED[name]}")
     if name not in ALLOCATIONS:
@@ -314,48 +310,4 @@ def _named_rates(
             f"{prune.allocation}: clamped rates: {plan.clamped}; the mean was repaired",
             stacklevel=3,
         )
-    return dict(zip(_names(modality), plan.rates, strict=True))
-
-
-def _names(modality: Modality) -> list[str]:
-    return [f"{b.name}.{matrix.name}" for b in modality.blocks for matrix in b.matrices]
-
-
-def save_rates(rates: Mapping[str, float], path: str | Path) -> None:
-    """Write named rates as JSON, which `prune.allocation` reads back."""
-    try:
-        Path(path).write_text(json.dumps(dict(rates), indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write rates to {path}: {error.strerror}") from error
-
-
-def load_rates(path: str | Path) -> dict[str, float]:
-    """Read what `save_rates` wrote; raises UserError where it is something else."""
-    try:
-        rates = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read rates from {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(rates, dict):
-        raise UserError(f"{path}: expected one object of names and rates")
-    for name, rate in rates.items():
-        number = isinstance(rate, int | float) and not isinstance(rate, bool)
-        if not number or not 0 <= rate < 1:
-            raise UserError(f"{path}: {name} has rate {rate!r}, which is not in [0, 1)")
-    return {name: float(rate) for name, rate in rates.items()}
-
-
-def _from_file(
-    path: str, modality: Modality, batches: Sequence[Batch], prune: PruneSpec
-) -> list[float]:
-    rates, names = load_rates(path), _names(modality)
-    if lacking := [name for name in names if name not in rates]:
-        raise UserError(f"{path} has no rate for {lacking[0]} ({len(lacking)} are missing)")
-    if unknown := sorted(rates.keys() - set(names)):
-        raise UserError(f"{path}: the model has no {unknown[0]}: {nearest(unknown[0], names)}")
-    profile = [rates[name] for name in names]
-    mean = weighted_mean(profile, params_of(modality.matrices()))
-    if abs(mean - prune.sparsity) > _ROUNDED:
-        raise UserError(f"{path} removes {mean:.6g} on average: set prune.sparsity={mean:.6g}")
-    return profile
+    return dict(zip(full_names(modality), plan.rates, strict=True))

@@ -45,25 +45,22 @@ def fit(
     def values(t: float) -> list[float]:
         return [min(high, max(low, a + t * b)) for a, b in zip(start, slope, strict=True)]
 
-    lower, upper = -1.0, 1.0
-    for _ in range(1000):
-        if weighted_mean(values(lower), params) <= mean or math.isinf(lower * 2):
-            break
-        lower *= 2
-    for _ in range(1000):
-        if weighted_mean(values(upper), params) >= mean or math.isinf(upper * 2):
-            break
-        upper *= 2
+    # The least t in size that reaches the mean, by doubling and halving.
+    away = mean - weighted_mean(values(0.0), params)
+    sign = 1.0 if away > 0 else -1.0
+
+    def reached(t: float) -> bool:
+        return sign * (mean - weighted_mean(values(sign * t), params)) <= 1e-15
+
+    near, far = 0.0, 0.0 if reached(0.0) else 1.0
+    while not reached(far) and far < 1e300:
+        near, far = far, far * 2
     for _ in range(100):
-        middle = lower / 2 + upper / 2
-        if weighted_mean(values(middle), params) < mean:
-            lower = middle
-        else:
-            upper = middle
-    raw = [a + upper * b for a, b in zip(start, slope, strict=True)]
+        middle = near / 2 + far / 2
+        near, far = (near, middle) if reached(middle) else (middle, far)
+    raw = [a + sign * far * b for a, b in zip(start, slope, strict=True)]
     clamped = sum(not low - 1e-9 <= r <= high + 1e-9 for r in raw)
-    rates = values(upper)
-    return Plan(_exact(rates, params, mean, low, high), clamped)
+    return Plan(_exact(values(sign * far), params, mean, low, high), clamped)
 
 
 def _exact(

@@ -99,7 +99,9 @@ def of_blocks(matrices: Matrices, profile: Sequence[float]) -> list[float]:
 def minmax(values: Sequence[float]) -> list[float]:
     """Scaled so that the smallest is 0 and the largest 1; all 0 where they are equal."""
     low, high = min(values), max(values)
-    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
+    if high - low <= 1e-12 * max(abs(low), abs(high)):  # what rounding told apart is equal
+        return [0.0] * len(values)
+    return [(value - low) / (high - low) for value in values]
 
 
 def uniform(matrices: Matrices, sparsity: float, values: Values, profile: Sequence[float]) -> Plan:
