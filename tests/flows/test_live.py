@@ -25,6 +25,7 @@ def make_spec(protocol: str = "ladder") -> Spec:
 def trial(number: int, beta: float, loss: float | None, rung: int = 0) -> dict[str, Any]:
     return {
         "kind": "trial", "number": number, "stage": "search", "rung": rung, "beta": beta,
+        "label": f"beta {beta:.4g}",
         "tilt": beta * 36, "state": "failed" if loss is None else "complete",
         "cause": "" if loss else "the loss is NaN", "loss": loss, "seconds": 11.0,
         "token_passes": 100, "host": "a",
@@ -56,7 +57,7 @@ def test_json_is_given_on_a_terminal_when_asked_for() -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=20)
     with live(make_spec(), 1000, as_json=True, console=console) as view:
-        view.event({"kind": "wave", "betas": [0.1] * 20, "note": "[red]x"})
+        view.event({"kind": "wave", "candidates": ["beta 0.1"] * 20, "note": "[red]x"})
     assert json.loads(file.getvalue())["note"] == "[red]x"
 
 

@@ -19,7 +19,7 @@ def make_report(source: str = "org/base@main", licence: str = "Apache-2.0") -> d
         bits = {"mean": 1.52, "stderr": 0.011, "n": 32, "unit": "bits/byte"}
         return {"perplexity": ppl, "bits_per_byte": bits}
 
-    sparse = {"beta": 0.0083, "tilt": 0.3, "sparsity": 0.6}
+    sparse = {"beta": 0.0083, "tilt": 0.3, "sparsity": 0.6, "allocation": "arithmetic"}
     return {
         "spec": parse_spec(raw, "test.toml").model_dump(),
         "model": {
