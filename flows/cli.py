@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
 
     add("search", _search, "spec", "find the best beta, compare it with uniform, save and report")
     add("prune", _search, "spec", "prune at prune.beta, compare it with uniform, save and report")
+    add(
+        "compare",
+        _compare,
+        "spec",
+        "search every cell of models x methods x allocations, and table",
+    )
     add("check", _check, "spec", "resolve everything a spec names and say what would run where")
     add("evaluate", _evaluate, "checkpoint", "measure a saved checkpoint on its report split")
     add("report", _report, "run", "make the report of a run again from its files", False)
@@ -86,9 +92,23 @@ def _search(options: argparse.Namespace) -> None:
     _show(run(spec, as_json=as_json), spec.run.dir, as_json)
 
 
-def _report(options: argparse.Namespace) -> None:
-    from flows.report import write_report
+def _compare(options: argparse.Namespace) -> None:
+    from infra.specs import load_spec
 
+    spec = load_spec(options.spec, options.overrides)
+    from flows.compare import compare
+
+    _show_comparison(compare(spec, as_json=options.json), spec.run.dir, options.json)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from flows.comparison import write_comparison
+    from flows.report import write_report
+    from infra.store import RunStore
+
+    if RunStore.read(options.run).command == "compare":
+        _show_comparison(write_comparison(Path(options.run)), options.run, options.json)
+        return
     _show(write_report(Path(options.run)), options.run, options.json)
 
 
@@ -105,6 +125,15 @@ def _show(report: dict[str, Any], run: str, as_json: bool) -> None:
     from flows.summary import print_summary
 
     print_summary(report, run)
+
+
+def _show_comparison(comparison: dict[str, Any], run: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"kind": "comparison", "run": run, "rows": comparison["rows"]}))
+        return
+    from flows.comparison import print_comparison
+
+    print_comparison(comparison, run)
 
 
 def _check(options: argparse.Namespace) -> None:

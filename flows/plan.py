@@ -82,7 +82,7 @@ def final_wave(
                 update={"seed": spec.calibration.seed + repeat}
             ),
             prune=candidate,
-            profile=list(profile),
+            profile=[] if candidate.is_uniform else list(profile),
             split="report",
             windows=spec.evaluation.report_windows,
             context=spec.evaluation.context,
@@ -108,7 +108,7 @@ def search_trial(
         data=spec.data,
         calibration=spec.calibration.model_copy(update={"samples": fidelity.samples}),
         prune=candidate,
-        profile=list(profile),
+        profile=[] if candidate.is_uniform else list(profile),
         split="report" if spec.search.protocol == "paper" else "selection",
         windows=fidelity.windows,
         context=spec.evaluation.context,

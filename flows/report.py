@@ -259,6 +259,17 @@ def _count(number: int, noun: str) -> str:
 
 
 def render(report: Report) -> str:
+    """The page of a report."""
+    return page(
+        "report.html",
+        report=report,
+        figures=figures(report),
+        settings=settings(report["spec"]),
+        colours=COLOURS,
+    )
+
+
+def page(template: str, **values: Any) -> str:
     """One HTML page that stands alone: styles, data and the plotting library are in it."""
     environment = Environment(
         loader=PackageLoader("flows"),
@@ -273,13 +284,7 @@ def render(report: Report) -> str:
         "percent": _percent,
         "duration": duration,
     }
-    return environment.get_template("report.html").render(
-        report=report,
-        figures=figures(report),
-        settings=settings(report["spec"]),
-        colours=COLOURS,
-        plotly=get_plotlyjs(),
-    )
+    return environment.get_template(template).render(plotly=get_plotlyjs(), **values)
 
 
 def _estimate(value: dict[str, Any]) -> str:

@@ -1,14 +1,15 @@
-"""The search: find the common difference of one model, prove it, save it, report it.
+"""The search: find the numbers of one allocation on one model, prove it, save it, report it.
 
     report = search(load_spec("flows/specs/quickstart.toml"))
 
 Start and resume are the same call. Files are the truth: a wave is written down before its first
-trial starts, a result the moment it returns; Optuna and MLflow get copies.
+trial starts, a result the moment it returns; Optuna and MLflow get copies. One loop, in
+flows/study.py, drives any number of runs; a single search is a study of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flows.live import View, live, trial_event
@@ -21,21 +22,23 @@ from flows.plan import (
     token_passes,
 )
 from flows.report import Report, write_report
+from flows.study import drive
 from infra import tracking
 from infra.checkpoints import inspect_checkpoint
 from infra.cluster import Cluster, connect
 from infra.documents import corpus_sha256, documents
 from infra.errors import UserError
-from infra.records import ModelRecord, TrialSpec
+from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import StudyMirror
 from infra.sources import fetch, pinned
 from infra.specs import MISSING_SOURCE, Spec
 from infra.store import RunStore, write_atomic
 from tasks.allocation import bounds_of, check_rates
 from tasks.model_card import model_card
-from tasks.trial import describe_model, measure_profile, run_trial
+from tasks.trial import describe_model, measure_profile
 
 Planner = Callable[[Spec, ModelRecord, Results], list[TrialSpec]]
+Describe = Callable[[Spec], ModelRecord]
 
 
 def search(spec: Spec, *, as_json: bool = False) -> Report:
@@ -43,7 +46,7 @@ def search(spec: Spec, *, as_json: bool = False) -> Report:
 
     Raises UserError for everything the user can put right; what was finished stays finished.
     """
-    return _run("search", spec, next_wave, as_json)
+    return _alone("search", spec, next_wave, as_json)
 
 
 def prune(spec: Spec, *, as_json: bool = False) -> Report:
@@ -52,10 +55,10 @@ def prune(spec: Spec, *, as_json: bool = False) -> Report:
     def plan(spec: Spec, model: ModelRecord, results: Results) -> list[TrialSpec]:
         return final_wave(spec, spec.prune, results, model.profile)
 
-    return _run("prune", spec, plan, as_json)
+    return _alone("prune", spec, plan, as_json)
 
 
-def _run(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
+def _alone(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
     pinned_spec = pin(spec)  # what cannot be read is refused before a run directory is there
     with (
         RunStore.open(spec, command) as store,
@@ -63,35 +66,113 @@ def _run(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
         connect(spec.cluster) as cluster,
     ):
         tracking.start(store.dir, spec.tracking)
-        run = _Run(store, pinned_spec, cluster, view)
-        try:
-            report = run.go(plan)
-        except BaseException as error:
-            run.tell("stopped", cause=type(error).__name__)
-            raise
-        finally:
-            if run.studies is not None:
-                run.studies.close()
-        run.tell("finished", report=str(store.path("report.html")))
-    return report
+        run = Run(store, pinned_spec, cluster, view, plan, lambda spec: describe(cluster, spec))
+        drive(cluster, [run])
+    return run.report
 
 
-class _Run:
-    """One driver's view of a run: its files, its cluster, and who is told."""
+def describe(cluster: Cluster, spec: Spec) -> ModelRecord:
+    """What the model of a spec is made of, and what its allocation measures of it."""
+    trials = kinds_of_trial(spec)
+    model = cluster.call(describe_model, trials)
+    profile = cluster.call(measure_profile, trials[-1])
+    return model.model_copy(update={"profile": profile})
 
-    def __init__(self, store: RunStore, spec: Spec, cluster: Cluster, view: View) -> None:
+
+class Run:
+    """One run: its files, what it still needs, and who is told. flows/study.py drives it."""
+
+    def __init__(
+        self,
+        store: RunStore,
+        spec: Spec,
+        cluster: Cluster,
+        view: View,
+        plan: Planner,
+        describe: Describe,
+    ) -> None:
         self.store, self.spec, self.cluster, self.view = store, spec, cluster, view
+        self.plan, self.describe = plan, describe
         self.results = store.results()
-        self.studies: StudyMirror | None = None
+        self.report: Report = {}
+        self._model: ModelRecord | None = None
+        self._studies: StudyMirror | None = None
+        self._out: set[int] = set()  # numbers of trials that were offered and have not ended
+        self._again: TrialResult | None = None  # of a trial whose checkpoint was lost
 
-    def go(self, plan: Planner) -> Report:
-        """Wave after wave until the plan is empty, then the checkpoint and the report."""
+    def trials(self) -> Iterator[TrialSpec | None]:
+        """The trials that are still to be run, in order; None while others must end first.
+
+        What `take` was told in between decides what comes next.
+        """
         done = sum(token_passes(result.spec) for result in self.results.values())
         self.tell("started", done=done, cluster=self.cluster.describe())
+        model = self._begin()
+        for wave in self._waves(model):
+            # The final comparison needs all of its trials, so one that failed is tried once more.
+            missing = [trial for trial in wave if self._lacks(trial)]
+            if missing:
+                self._tell_wave(wave, model)
+            for trial in missing:
+                self._out.add(trial.number)
+                yield trial
+            while self._out:
+                yield None
+            self.results = dict(sorted(self.results.items()))
+        yield from self._publish()
+
+    def take(self, result: TrialResult) -> None:
+        """The result of a trial that was offered: into the files first, then to who is told."""
+        number = result.spec.number
+        self._out.discard(number)
+        complete = result.state == "complete"
+        if complete and self._model and result.weights_sha256 != self._model.sha256:
+            raise UserError(
+                f"{self.spec.model.source} on {result.host} holds other weights than this run "
+                "began with: restore them or choose another run.dir"
+            )
+        if number in self.results and self.results[number].state == "complete":
+            self._again = result
+            return
+        self.store.write_result(result)
+        self.results[number] = result
+        if self._studies is not None:
+            self._studies.record(result)
+        event = trial_event(result)
+        self.tell(event.pop("kind"), **event)
+
+    def finish(self) -> None:
+        """The report and the model card, when no trial is left."""
+        self.tell("report")
+        self.report = write_report(self.store.dir)
+        if self.store.path("best").is_dir():  # unless its trial failed
+            card = model_card(self.report).encode()
+            write_atomic(self.store.path("best/README.md"), card)
+        self.close()
+        self.tell("finished", report=str(self.store.path("report.html")))
+
+    def stop(self, error: BaseException) -> None:
+        """End before the end; what was finished stays finished."""
+        self.tell("stopped", cause=type(error).__name__, reason=str(error))
+        self.close()
+
+    def close(self) -> None:
+        """Let Optuna's thread end."""
+        if self._studies is not None:
+            self._studies.close()
+            self._studies = None
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Into events.jsonl and to whoever watches."""
+        self.store.event(kind, **fields)
+        self.view.event({"kind": kind, **fields})
+
+    def _begin(self) -> ModelRecord:
+        """Check that model and text are those that the run began with."""
         if waves := self.store.waves():  # the revisions that its first trial read
             first = {"model": waves[0][0].model, "data": waves[0][0].data}
             self.spec = self.spec.model_copy(update=first)
-        model = self.store.model() or self._describe()
+        model = self._model = self.store.model() or self._describe()
         for split in ("calibration", "selection", "report"):
             if corpus_sha256(documents(self.spec.data, split)) != model.data_sha256[split]:
                 raise UserError(
@@ -100,33 +181,16 @@ class _Run:
                 )
         check_rates(self.spec.prune, model.matrices)  # an infeasible beta is refused here
         bounds = bounds_of(self.spec.prune, model.matrices)
-        self.studies = StudyMirror(self.store.dir, self.store.id, self.spec.search.storage, bounds)
-        self.studies.rebuild(self.results.values())
+        storage = self.spec.search.storage
+        self._studies = StudyMirror(self.store.dir, self.store.id, storage, bounds)
+        self._studies.rebuild(self.results.values())
         # The dtype that `auto` meant on the first worker holds for all of them.
         model_spec = self.spec.model.model_copy(update={"dtype": model.dtype})
         self.spec = self.spec.model_copy(update={"model": model_spec})
-        for wave in self.store.waves():
-            self._finish(wave, model)
-        while wave := plan(self.spec, model, self.results):
-            self.store.write_wave(len(self.store.waves()), wave)
-            self._finish(wave, model)
-        self._publish()
-        self.tell("report")
-        report = write_report(self.store.dir)
-        if self.store.path("best").is_dir():  # unless its trial failed
-            write_atomic(self.store.path("best/README.md"), model_card(report).encode())
-        return report
-
-    def tell(self, kind: str, **fields: Any) -> None:
-        """Into events.jsonl and to whoever watches."""
-        self.store.event(kind, **fields)
-        self.view.event({"kind": kind, **fields})
+        return model
 
     def _describe(self) -> ModelRecord:
-        trials = kinds_of_trial(self.spec)
-        model = self.cluster.call(describe_model, trials)
-        profile = self.cluster.call(measure_profile, trials[-1])
-        model = model.model_copy(update={"profile": profile})
+        model = self.describe(self.spec)
         self.store.write_model(model)
         self.store.event("data", **model.data_sha256)
         self.tell(
@@ -138,47 +202,38 @@ class _Run:
         )
         return model
 
-    def _finish(self, wave: list[TrialSpec], model: ModelRecord) -> None:
-        # The final comparison needs all of its trials, so one that failed is tried once more.
-        failed = {n for n, r in self.results.items() if r.state == "failed"}
-        missing = [
-            trial
-            for trial in wave
-            if trial.number not in self.results
-            or (trial.stage == "final" and trial.number in failed)
-        ]
-        if not missing:
-            return
+    def _waves(self, model: ModelRecord) -> Iterator[list[TrialSpec]]:
+        """Those written down, then those planned from their results."""
+        yield from self.store.waves()
+        while wave := self.plan(self.spec, model, self.results):
+            self.store.write_wave(len(self.store.waves()), wave)
+            yield wave
+
+    def _lacks(self, trial: TrialSpec) -> bool:
+        result = self.results.get(trial.number)
+        return result is None or (trial.stage == "final" and result.state == "failed")
+
+    def _tell_wave(self, wave: list[TrialSpec], model: ModelRecord) -> None:
         kind = "final" if wave[0].stage == "final" else "climb" if wave[0].rung else "wave"
         planned = planned_passes(self.spec, model, self.results)
         candidates = [trial.prune.label for trial in wave]
         self.tell(kind, rung=wave[0].rung, candidates=candidates, planned=planned)
-        for result in self.cluster.run(run_trial, missing):
-            if result.state == "complete" and result.weights_sha256 != model.sha256:
-                raise UserError(
-                    f"{self.spec.model.source} on {result.host} holds other weights than this run "
-                    "began with: restore them or choose another run.dir"
-                )
-            self.store.write_result(result)
-            self.results[result.spec.number] = result
-            if self.studies is not None:
-                self.studies.record(result)
-            event = trial_event(result)
-            self.tell(event.pop("kind"), **event)
-        self.results = dict(sorted(self.results.items()))
 
-    def _publish(self) -> None:
+    def _publish(self) -> Iterator[TrialSpec | None]:
         """Bring the best checkpoint into the run directory, once."""
         best = self.store.path("best")
-        saved = next(r for r in self.results.values() if r.spec.checkpoint)
-        if best.exists() or saved.state == "failed":
+        saved = next((r for r in self.results.values() if r.spec.checkpoint), None)
+        if saved is None or best.exists() or saved.state == "failed":
             return
         try:
             self.cluster.fetch(saved, best)
         except OSError:  # its node is gone, or the folder was cleaned up or damaged: make it again
-            (again,) = self.cluster.run(run_trial, [saved.spec])
-            if again.state == "complete":
-                self.cluster.fetch(again, best)
+            self._out.add(saved.spec.number)
+            yield saved.spec
+            while self._out:
+                yield None
+            if self._again is not None and self._again.state == "complete":
+                self.cluster.fetch(self._again, best)
 
 
 def pin(spec: Spec) -> Spec:

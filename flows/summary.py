@@ -18,18 +18,22 @@ def print_summary(report: dict[str, Any], run: str) -> None:
     """A table, the conclusion, and where to look next."""
     console = Console(highlight=False)
     console.print(f"{report['spec']['model']['source']}, measured on the report split")
+    published = report["spec"].get("published", {})
     table = Table()
     metrics = ("perplexity", "bits_per_byte")
     for column in ("", "beta", "tilt", "sparsity", *metrics):
         heading = column.replace("_", " ")
         table.add_column(heading, justify="right" if column else "left", no_wrap=True)
+    if published:
+        table.add_column("published", justify="right")
     for name in ("dense", "uniform", "best"):
         side = report[name]
         if side is None:
             continue
         facts = [f"{side[key]:.3g}" if key in side else "" for key in ("beta", "tilt", "sparsity")]
         values = [side["metrics"][m] for m in metrics]
-        table.add_row(name, *facts, *(plus_minus(v["mean"], v["stderr"]) for v in values))
+        cells = [plus_minus(v["mean"], v["stderr"]) for v in values]
+        table.add_row(name, *facts, *cells, *([f"{published.get(name, '')}"] if published else []))
     console.print(table)
     console.print(report["gain"]["conclusion"])
     folder = Path(run)

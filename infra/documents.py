@@ -24,7 +24,9 @@ Split = Literal["calibration", "selection", "report"]
 # Of a source that serves several splits, each gets this share, relative to the others there.
 _WEIGHTS: dict[Split, int] = {"calibration": 2, "selection": 1, "report": 1}
 _TABLES = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv", ".json": "json"}
-_KINDS = [(".parquet",), (".jsonl",), (".csv",), (".json",), (".txt", ".raw"), (".md",)]
+_TABLES |= {f"{suffix}.gz": kind for suffix, kind in _TABLES.items() if suffix != ".parquet"}
+_KINDS = [(".parquet",), (".jsonl", ".jsonl.gz"), (".csv", ".csv.gz"), (".json", ".json.gz")]
+_KINDS += [(".txt", ".raw"), (".md",)]
 # What a split must not share with another, and what that would be.
 _EXCLUDED: dict[Split, list[tuple[str, Split]]] = {
     "selection": [("selecting", "report")],
@@ -63,7 +65,7 @@ def whole_text(source: str, column: str = "text") -> str:
     is returned as it stands.
     """
     files = _files_of(source)
-    if files[0].suffix in _TABLES or files[0].is_dir():
+    if _suffix(files[0]) in _TABLES or files[0].is_dir():
         return "\n\n".join(_rows(files, column, source))
     text = "".join(_text(file) for file in files)
     if not _titles(text.split("\n")):
@@ -100,7 +102,7 @@ def _position(document: str) -> float:
 def _read(
     files: tuple[Path, ...], stamps: tuple[int, ...], column: str, source: str
 ) -> tuple[str, ...]:
-    if files[0].suffix in _TABLES or files[0].is_dir():
+    if _suffix(files[0]) in _TABLES or files[0].is_dir():
         rows = _rows(files, column, source)
         # Tables of WikiText hold a line per row: taken as documents they would put one article
         # into two splits.
@@ -139,8 +141,8 @@ def _files_of(source: str) -> tuple[Path, ...]:
     """The files that a source consists of; a folder of `save_to_disk` stands for itself."""
     path = fetch(source, "dataset")
     if path.is_file():
-        if path.suffix not in {suffix for kind in _KINDS for suffix in kind}:
-            raise UserError(f"{source}: cannot read {path.suffix or 'this kind of'} files as text")
+        if _suffix(path) not in {suffix for kind in _KINDS for suffix in kind}:
+            raise UserError(f"{source}: cannot read {_suffix(path) or 'this kind of'} files as text")
         return (path,)
     if (path / "state.json").exists():
         return (path,)
@@ -153,10 +155,15 @@ def _files_of(source: str) -> tuple[Path, ...]:
         if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
     ]
     for kind in _KINDS:
-        if files := tuple(file for file in visible if file.suffix in kind):
+        if files := tuple(file for file in visible if _suffix(file) in kind):
             return files
     known = ", ".join(suffix for kind in _KINDS for suffix in kind)
     raise UserError(f"{source} holds no file of text ({known})")
+
+
+def _suffix(path: Path) -> str:
+    """The kind of a file; of a packed one, that of what is inside as well: .json.gz."""
+    return (Path(path.stem).suffix if path.suffix == ".gz" else "") + path.suffix
 
 
 def _text(file: Path) -> str:
@@ -177,7 +184,7 @@ def _rows(files: tuple[Path, ...], column: str, source: str) -> list[str]:
             table = datasets.load_from_disk(str(files[0]))
         else:
             table = datasets.load_dataset(
-                _TABLES[files[0].suffix],
+                _TABLES[_suffix(files[0])],
                 data_files=[glob.escape(str(file.absolute())) for file in files],
                 split="train",
                 cache_dir=str(cache_dir() / "datasets"),

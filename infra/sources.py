@@ -48,6 +48,7 @@ _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([^:]+?)/?)?")
 _TEXT = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "README.md", "LICENSE*"]
 _PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npy", "*.npz"]
 _TABLES = ["*.parquet", "*.jsonl", "*.json", "*.csv", "*.arrow", "*.txt", "*.raw"]
+_TABLES += ["*.jsonl.gz", "*.json.gz", "*.csv.gz"]
 
 
 def fetch(source: str, kind: Kind = "model", *, allow_pickle: bool = False) -> Path:

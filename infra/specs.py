@@ -5,10 +5,11 @@
 Unknown keys are refused with the nearest known one. Nothing here imports torch.
 """
 
+import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -153,6 +154,21 @@ class SearchSpec(Frozen):
     storage: str = Field("", description="Optuna RDB URL; empty: SQLite in the run directory")
 
 
+class CompareSpec(Frozen):
+    """What `compare` varies; an empty list stands for the one value of the sections above.
+
+    A cell of the table is the spec with its four values; nothing else here changes a result.
+    """
+
+    models: list[str] = Field([], description="sources; empty: model.source")
+    methods: list[str] = Field([], description="empty: prune.method")
+    allocations: list[str] = Field([], description="empty: prune.allocation")
+    sparsities: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [], description="empty: prune.sparsity"
+    )
+    checkpoints: bool = Field(False, description="every cell saves its pruned model")
+
+
 class ClusterSpec(Frozen):
     """Where trials run. Never changes a result, so it may differ when a run is resumed."""
 
@@ -186,6 +202,10 @@ class Spec(Frozen):
     calibration: CalibrationSpec = CalibrationSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     search: SearchSpec = SearchSpec()
+    compare: CompareSpec = CompareSpec()
+    published: dict[Literal["dense", "uniform", "best"], float] = Field(
+        {}, description="perplexities that others give, shown beside the measured ones"
+    )
     cluster: ClusterSpec = ClusterSpec()
     tracking: TrackingSpec = TrackingSpec()
     run: RunSpec = RunSpec()
@@ -202,7 +222,7 @@ class Spec(Frozen):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides results; the rest may change between start and resume."""
-        return self.model_dump(exclude={"cluster", "tracking", "run"})
+        return self.model_dump(exclude={"compare", "published", "cluster", "tracking", "run"})
 
 
 def load_spec(path: str | Path, overrides: list[str] | None = None) -> Spec:
@@ -265,6 +285,14 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise UserError(f"{override!r}: {part!r} is a value, not a section")
     section[parts[-1]] = value
+
+
+def toml_value(value: Any) -> str:
+    """As TOML writes it, which is as JSON but for tables."""
+    if isinstance(value, dict):
+        pairs = (f"{json.dumps(k)} = {toml_value(v)}" for k, v in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _explain(error: ValidationError) -> str:

@@ -32,7 +32,7 @@ from pydantic import TypeAdapter, ValidationError
 from infra.errors import UserError
 from infra.provenance import provenance
 from infra.records import ModelRecord, TrialResult, TrialSpec
-from infra.specs import Spec, changed_keys, parse_spec
+from infra.specs import Spec, changed_keys, parse_spec, toml_value
 
 VERSION = 1
 TEMP_PREFIX = ".tmp-"  # whatever begins so, file or folder, is removed when a run is opened
@@ -65,6 +65,7 @@ class RunStore:
         self.dir = directory
         self.spec = spec
         self.id: str = header["id"]
+        self.command: str = header["identity"]["command"]
         self.provenance: dict[str, str] = header["provenance"]
         self._lock = lock
 
@@ -321,13 +322,13 @@ def _repair(directory: Path) -> None:
 
 
 def _toml(spec: Spec) -> str:
-    """The full spec as TOML: sections of strings, numbers and booleans."""
+    """The full spec as TOML: sections of strings, numbers, booleans, lists and inline tables."""
     lines = []
     for section, values in spec.model_dump().items():
         lines.append(f"[{section}]")
         # JSON writes these values as TOML does, but for DEL
         lines += [
-            f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+            f"{key} = {toml_value(value)}".replace("\x7f", "\\u007f")
             for key, value in values.items()
         ]
         lines.append("")

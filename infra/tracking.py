@@ -48,8 +48,10 @@ _ENVIRONMENT = {
 }
 
 
-def start(run_dir: str | Path, spec: TrackingSpec) -> subprocess.Popen[bytes] | None:
-    """Begin mirroring a run until this process has gone and all is pushed; None if disabled."""
+def start(
+    run_dir: str | Path, spec: TrackingSpec, *, follow: bool = True
+) -> subprocess.Popen[bytes] | None:
+    """Begin mirroring a run, to `follow` until this process has gone; None if disabled."""
     if not spec.enabled:
         return None
     root = Path(__file__).resolve().parent.parent
@@ -57,7 +59,7 @@ def start(run_dir: str | Path, spec: TrackingSpec) -> subprocess.Popen[bytes] | 
     command = [sys.executable, "-m", "infra.tracking", str(Path(run_dir).resolve())]
     with (Path(run_dir) / "tracking.log").open("ab") as log:
         return subprocess.Popen(
-            [*command, "--until-pid", str(os.getpid())],
+            [*command, "--until-pid", str(os.getpid() if follow else 0)],
             env=os.environ | {"PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -340,9 +342,7 @@ def main() -> int:
     with _lock(store, wait=True):
         if _follow(store, args.until_pid):
             return 0
-    print(
-        f"gave up after {GIVE_UP_S:.0f} s: {pending(args.run_dir)} trials left for the next start"
-    )
+    print(f"gave up after {GIVE_UP_S:.0f} s: {pending(args.run_dir)} trials are left to push")
     return 1
 
 

@@ -3,7 +3,6 @@
 Path("runs/quickstart/best/README.md").write_text(model_card(report))
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from infra.specs import toml_value
 from tasks.statistics import plus_minus
 
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(@[\w./-]+)?(:[^:]+)?")
@@ -88,7 +88,7 @@ def _rates(best: Mapping[str, Any], prune: Mapping[str, Any]) -> str:
 def settings(spec: Mapping[str, Any]) -> str:
     """The part of the spec that decides results, as TOML that can be read back."""
     return "\n".join(
-        f"{section}.{key} = {json.dumps(value)}"
+        f"{section}.{key} = {toml_value(value)}"
         for section in ("model", "data", "prune", "calibration", "evaluation", "search")
         for key, value in spec[section].items()
     )

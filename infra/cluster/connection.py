@@ -26,9 +26,9 @@ from infra.cluster.dispatch import BACKOFF_S, MAX_LOST, dispatch
 from infra.cluster.pool import Pool, nodes
 from infra.cluster.resources import Share, check_address
 from infra.cluster.transfer import fetch
-from infra.cluster.worker import TrialFunction, first_line
+from infra.cluster.worker import TrialFunction, describe_error, first_line
 from infra.devices import num_cores
-from infra.errors import UserError
+from infra.errors import UserError, WorkerError
 from infra.records import TrialResult, TrialSpec
 from infra.specs import ClusterSpec
 
@@ -115,12 +115,15 @@ class Cluster:
             "gpus_per_trial": self.share.gpus,
         }
 
-    def run(self, function: TrialFunction, specs: Iterable[TrialSpec]) -> Iterator[TrialResult]:
+    def run(
+        self, function: TrialFunction, specs: Iterable[TrialSpec | None]
+    ) -> Iterator[TrialResult]:
         """Run trials, `parallel` at a time, and yield each result as it returns.
 
         A trial never raises: it fails with its cause, after these retries: its worker or node is
         lost, again, at most 3 dispatches; CUDA is out of memory, once with half the batch; the
-        host is out of memory, once with nothing beside it. `specs` is read as workers come free.
+        host is out of memory, once with nothing beside it. `specs` is read as workers come free;
+        a None in it says that there is nothing now, and is asked again after the next result.
         Leaving the iterator early stops the trials in flight.
         """
         return dispatch(self._pool, function, specs, self._timeout_s)
@@ -128,13 +131,12 @@ class Cluster:
     def call(self, function: Callable[..., T], *args: object) -> T:
         """Run one function in a worker; a UserError raised there is raised here.
 
-        A lost worker is replaced, at most 3 dispatches.
+        Anything else that it raises becomes a WorkerError. A lost worker is replaced, at most 3
+        dispatches.
         """
         for attempt in range(1, MAX_LOST):
             try:
                 return self._call(function, args)
-            except RayTaskError:
-                raise
             except RayError:
                 self._pool.drop_dead_workers()
                 time.sleep(BACKOFF_S * attempt)
@@ -159,7 +161,7 @@ class Cluster:
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
-            raise
+            raise WorkerError(describe_error(error.cause)) from error
         return answer
 
 

@@ -39,7 +39,7 @@ Busy = dict[Any, tuple[Slot, Trial]]  # by the reference to the result
 
 
 def dispatch(
-    pool: Pool, function: TrialFunction, specs: Iterable[TrialSpec], timeout_s: float
+    pool: Pool, function: TrialFunction, specs: Iterable[TrialSpec | None], timeout_s: float
 ) -> Iterator[TrialResult]:
     """Yield the result of every trial as it returns; see `Cluster.run`."""
     source = iter(specs)
@@ -78,11 +78,14 @@ def _send(
 ) -> None:
     """Give waiting trials to idle workers, and start workers for the others."""
     now = time.monotonic()
-    idle = deque(pool.idle())
+    idle = pool.idle()
     for trial in [trial for trial in waiting if trial.not_before <= now]:
         if not idle or len(busy) >= limit:
             break
-        slot = idle.popleft()
+        # A worker that has the model need not load it.
+        slot = next((slot for slot in idle if slot.model == trial.spec.model), idle[0])
+        idle.remove(slot)
+        slot.model = trial.spec.model
         if trial.alone:  # idle workers hold memory, too
             for other in [other for other in pool.slots if other is not slot]:
                 pool.stop(other)

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from infra.cluster.resources import Node, Share, capacity, decide_share
 from infra.cluster.worker import Worker
 from infra.errors import UserError
-from infra.specs import ClusterSpec
+from infra.specs import ClusterSpec, ModelSpec
 
 MAX_FAILED_STARTS = 3
 PING_S = 5.0
@@ -37,6 +37,7 @@ class Slot:
     starting: Any  # resolves to the id of its node
     node: str = ""  # empty until it has started
     busy: bool = False
+    model: ModelSpec | None = None  # of its last trial
 
 
 def nodes() -> list[Node]:

@@ -149,6 +149,7 @@ ALLOCATIONS: dict[str, Allocation] = {
         fixed(Parameter("samples", 8.0)),
         _measure("objectives", "neuronal"),
         needs_data=True,
+        prunes=True,
         cost="13 sweeps over 8 windows",
     ),
 }

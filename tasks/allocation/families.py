@@ -42,12 +42,14 @@ class Parameter:
 @dataclass(frozen=True)
 class Allocation:
     """`rates(matrices, sparsity, values, profile)` is pure; `measure` fills the profile, one number
-    per matrix, with calibration batches where `needs_data`. `cost` says what measuring takes."""
+    per matrix, with calibration batches where `needs_data`; where it `prunes`, the method matters
+    too. `cost` says what measuring takes."""
 
     rates: Callable[[Matrices, float, Values, Sequence[float]], Plan]
     parameters: Callable[[Matrices], Sequence[Parameter]] = lambda matrices: ()
     measure: Callable[[Modality, Sequence[Batch], PruneSpec], list[float]] | None = None
     needs_data: bool = False
+    prunes: bool = False
     cost: str = "none"
 
 

@@ -4,6 +4,7 @@ python -m pytest tests/infra/test_documents.py
 """
 
 import csv
+import gzip
 import json
 from pathlib import Path
 from typing import get_args
@@ -69,6 +70,14 @@ def test_a_row_of_any_table_is_a_document(tmp_path: Path, name: str) -> None:
         everything(source, "words")
     with pytest.raises(UserError, match=r"'id' of .* does not hold text"):
         everything(source, "id")
+
+
+def test_a_packed_table_is_read_as_it_is(tmp_path: Path) -> None:
+    """As C4 is kept on the hub: lines of JSON, called .json, packed."""
+    packed = tmp_path / "c4-train.00000-of-01024.json.gz"
+    lines = Path(write_rows(tmp_path / "t.jsonl", ["one", "two"])).read_bytes()
+    packed.write_bytes(gzip.compress(lines))
+    assert everything(str(packed)) == ["one", "two"]
 
 
 def test_a_text_file_holds_paragraphs(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""The cells of a comparison: one spec for each model, sparsity, method and allocation.
+
+cells_of(load_spec("flows/specs/compare_smollm2.toml"))[0].name   # smollm2-135m_wanda_owl_0.6
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.specs import CompareSpec, Spec
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One search, or one comparison with uniform; `model` is how its model is called."""
+
+    name: str
+    model: str
+    spec: Spec
+
+    @property
+    def folder(self) -> Path:
+        """Its run directory."""
+        return Path(self.spec.run.dir)
+
+
+def cells_of(spec: Spec, folder: Path | None = None) -> list[Cell]:
+    """All cells, those of one model together, so that a worker loads it once."""
+    compare, prune = spec.compare, spec.prune
+    folder = folder or Path(spec.run.dir)
+    models = _named(compare.models or [spec.model.source])
+    methods = _named(compare.methods or [prune.method])
+    allocations = _named(compare.allocations or [prune.allocation])
+    sparsities = dict.fromkeys(compare.sparsities or [prune.sparsity])
+    return [
+        Cell(
+            name := f"{model}_{method}_{allocation}_{sparsity:g}",
+            model,
+            spec.model_copy(
+                update={
+                    "model": spec.model.model_copy(update={"source": models[model]}),
+                    "prune": prune.model_copy(
+                        update={
+                            "method": methods[method],
+                            "allocation": allocations[allocation],
+                            "sparsity": sparsity,
+                            "beta": 0.0,
+                            # Numbers are those of one allocation; others would refuse them.
+                            "parameters": prune.parameters
+                            if allocations[allocation] == prune.allocation
+                            else {},
+                        }
+                    ),
+                    "compare": CompareSpec(checkpoints=compare.checkpoints),
+                    "run": spec.run.model_copy(update={"dir": str(folder / name)}),
+                }
+            ),
+        )
+        for model in models
+        for sparsity in sparsities
+        for method in methods
+        for allocation in allocations
+    ]
+
+
+def _named(values: Sequence[str]) -> dict[str, str]:
+    """Distinct values by short names that a file may have; a clash is told apart by a hash."""
+    named: dict[str, str] = {}
+    for value in dict.fromkeys(values):
+        name = short = _short(value)
+        if short in named:
+            name = f"{short}-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
+        named[name] = value
+    return named
+
+
+def _short(value: str) -> str:
+    """SmolLM2-135M of org/SmolLM2-135M@main, or of a path that ends in SmolLM2-135M.Q4.gguf."""
+    last = re.split(r"[#@]", value)[0].rstrip("/").rpartition("/")[2]
+    last = re.sub(r"\.(gguf|json|safetensors)$", "", last)
+    return re.sub(r"[^a-z0-9.-]+", "-", last.lower()).strip(".-") or "model"

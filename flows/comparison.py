@@ -1,0 +1,259 @@
+"""The table of a comparison, from its files: compare.json, compare.html, and on a terminal.
+
+    write_comparison(Path("runs/compare_smollm2"))    # or: sparseramp report runs/compare_smollm2
+
+Every cell is a row, whatever became of it. Across models, losses are shown relative to the dense
+model's or in bits per byte, since tokens differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.cells import Cell, cells_of
+from flows.figures import RUNG_COLOURS, Figure
+from flows.plan import ladder, search_trial, token_passes
+from flows.report import page
+from infra.records import TrialResult
+from infra.store import RunStore, write_atomic
+from tasks.model_card import settings
+from tasks.statistics import mean_loss, plus_minus
+
+Comparison = dict[str, Any]
+Row = dict[str, Any]
+
+COLUMNS = ["model", "sparsity", "method", "allocation", "rates", "perplexity", "bits per byte"]
+COLUMNS += ["loss / dense", "gain, nats/token", "95 % interval", "search cost", "outcome"]
+
+
+def write_comparison(folder: Path) -> Comparison:
+    """Make compare.json and compare.html from the files of the cells, and return the former."""
+    store = RunStore.read(folder)
+    rows = [_row(cell) for cell in cells_of(store.spec, folder)]
+    plots = _plots(rows)
+    comparison: Comparison = {
+        "command": "compare",
+        "protocol": store.spec.search.protocol,
+        "rows": rows,
+        "spec": store.spec.model_dump(),
+        "provenance": store.provenance,
+        "version": store.provenance.get("sparseramp", "checkout"),
+    }
+    data = json.dumps(comparison, indent=1, allow_nan=False)
+    write_atomic(store.path("compare.json"), data.encode())
+    html = page(
+        "compare.html",
+        comparison=comparison,
+        columns=COLUMNS,
+        table=[_words(row) for row in rows],
+        plots=plots,
+        figures={name: figure for name, (_, figure) in plots.items()},
+        settings=settings(comparison["spec"]),
+    )
+    write_atomic(store.path("compare.html"), html.encode())
+    return comparison
+
+
+def print_comparison(comparison: Comparison, run: str) -> None:
+    """The table, and where to look next."""
+    console = Console(highlight=False)
+    table = Table()
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in COLUMNS[:5] else "right")
+    model = None
+    for row in comparison["rows"]:
+        if model not in (None, row["model"]):
+            table.add_section()
+        model = row["model"]
+        table.add_row(*_words(row))
+    console.print(table)
+    folder = Path(run)
+    console.print(f"report  {folder / 'compare.html'}")
+    console.print(f"cells   {folder}/*/report.html")
+
+
+def _words(row: Row) -> list[str]:
+    """A row as words, one for each of COLUMNS."""
+    words = [row["model"], f"{100 * row['sparsity']:g} %", row["method"], row["allocation"]]
+    if row["state"] != "complete":
+        return [*words, *[""] * 7, f"{row['state']}: {row['cause']}"]
+    gain = row["gain"]
+    return [
+        *words,
+        row["label"],
+        *(
+            plus_minus(row[key]["mean"], row[key]["stderr"])
+            for key in ("perplexity", "bits_per_byte", "relative_loss")
+        ),
+        plus_minus(gain["mean"], gain["stderr"]) if row["verdict"] != "baseline" else "",
+        f"{gain['low']:.3f} to {gain['high']:.3f}" if row["verdict"] != "baseline" else "",
+        f"{row['search_cost']:.1f}",
+        row["cause"] or row["verdict"],
+    ]
+
+
+def _row(cell: Cell) -> Row:
+    prune = cell.spec.prune
+    row: Row = {
+        "cell": cell.name,
+        "model": cell.model,
+        "source": cell.spec.model.source,
+        "sparsity": prune.sparsity,
+        "method": prune.method,
+        "allocation": prune.allocation,
+    }
+    if not (cell.folder / "run.json").exists():
+        return row | {"state": "missing", "cause": "not begun: the same command goes on"}
+    store = RunStore.read(cell.folder)
+    path = store.path("report.json")
+    if not path.exists():
+        return row | _unfinished(store)
+    report = json.loads(path.read_bytes())
+    best, gain = report["best"], report["gain"]
+    return row | {
+        "state": "complete",
+        "label": best["label"],
+        **{key: best["metrics"][key] for key in ("perplexity", "bits_per_byte", "loss")},
+        "relative_loss": _relative_loss(store, report),
+        "dense": report["dense"] and report["dense"]["metrics"],
+        "uniform": report["uniform"]["metrics"],
+        "gain": {key: gain[key] for key in ("mean", "stderr", "low", "high", "level", "n", "unit")},
+        "n_seeds": gain["n_seeds"],
+        "search_cost": _search_cost(cell, store),
+        **_verdict(cell, report),
+    }
+
+
+def _verdict(cell: Cell, report: dict[str, Any]) -> dict[str, str]:
+    """gain, no gain with its cause, or baseline: what the others are compared with."""
+    gain, failed = report["gain"], report["cost"]["failed"]
+    cause = f"{failed} of {report['cost']['trials']} trials failed" if failed else ""
+    if cell.spec.prune.is_uniform and cell.spec.prune.allocation == "uniform":
+        return {"verdict": "baseline", "cause": cause}
+    if gain["verdict"] == "gain":
+        return {"verdict": "gain", "cause": f"gain; {cause}" if cause else ""}
+    why = "the interval holds zero"
+    if report["best"]["uniform"]:
+        why = "no candidate beat equal rates"
+    elif gain["high"] < 0:
+        why = "worse than uniform"
+    return {"verdict": "no gain", "cause": "; ".join(filter(None, [f"no gain: {why}", cause]))}
+
+
+def _unfinished(store: RunStore) -> Row:
+    """Why a cell has no report: what its last driver said, and what became of its last trials."""
+    failed = [r for r in store.results().values() if r.state == "failed"]
+    finals = [r for r in failed if r.spec.stage == "final"]
+    last = store.events()[-1]
+    if last["event"] != "stopped" or last["cause"] not in ("UserError", "WorkerError"):
+        return {"state": "unfinished", "cause": "the same command goes on"}
+    if finals:
+        return {"state": "failed", "cause": f"{finals[-1].spec.prune.label}: {finals[-1].cause}"}
+    refused = not store.numbers()
+    return {"state": "refused" if refused else "failed", "cause": last["reason"]}
+
+
+def _relative_loss(store: RunStore, report: dict[str, Any]) -> dict[str, Any] | None:
+    """Loss of best over loss of dense: the windows' own ratios, weighted by their dense loss."""
+    finals = [
+        store.result(trial["number"])
+        for trial in report["trials"]
+        if trial["stage"] == "final" and trial["state"] == "complete"
+    ]
+    dense = next((result for result in finals if result.dense_losses), None)
+    best = [r for r in finals if r.spec.prune.is_uniform == report["best"]["uniform"]]
+    if dense is None:
+        return None
+    weights = [n * loss for n, loss in zip(dense.tokens, dense.dense_losses, strict=True)]
+    ratios = [_ratios(result, dense.dense_losses) for result in best]
+    found = mean_loss(ratios, weights)  # type: ignore[arg-type]  # weights need not be whole
+    return {"mean": found.mean, "stderr": found.stderr, "n": found.n, "unit": "of dense"}
+
+
+def _ratios(result: TrialResult, dense: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(result.losses, dense, strict=True)]
+
+
+def _search_cost(cell: Cell, store: RunStore) -> float:
+    """Token passes of the search, the final comparison left out, over those of one full trial.
+
+    Trials that another cell had done count as well, so that allocations can be compared.
+    """
+    full = token_passes(search_trial(cell.spec, cell.spec.prune, len(ladder(cell.spec)) - 1))
+    passes = (r.cost.token_passes for r in store.results().values() if r.spec.stage == "search")
+    return sum(passes) / full
+
+
+def _plots(rows: Sequence[Row]) -> dict[str, tuple[str, Figure]]:
+    """Title and figure by the id of its element."""
+    plots: dict[str, tuple[str, Figure]] = {}
+    for model, sparsity in dict.fromkeys((row["model"], row["sparsity"]) for row in rows):
+        inside = [r for r in rows if (r["model"], r["sparsity"]) == (model, sparsity)]
+        title = f"{model} at {100 * sparsity:g} %: gain over uniform"
+        plots[f"plot{len(plots)}"] = title, _gains(inside)
+    if len({row["model"] for row in rows}) > 1:
+        for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
+            inside = [r for r in rows if r["sparsity"] == sparsity and r["state"] == "complete"]
+            title = f"Models at {100 * sparsity:g} %: loss relative to dense"
+            plots[f"plot{len(plots)}"] = title, _across(inside)
+    return plots
+
+
+def _gains(rows: Sequence[Row]) -> Figure:
+    """Bars by allocation, one colour per method, with 95 % intervals; a failed cell has none."""
+    shown = [r for r in rows if r["state"] == "complete" and r["verdict"] != "baseline"]
+    names = [n for n in dict.fromkeys(r["allocation"] for r in rows) if n != "uniform"]
+    data = []
+    for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        bars = [row for row in shown if row["method"] == method]
+        data.append(
+            {
+                "type": "bar",
+                "name": method,
+                "x": [row["allocation"] for row in bars],
+                "y": [row["gain"]["mean"] for row in bars],
+                "text": [f"{row['label']}<br>{row['cause'] or row['verdict']}" for row in bars],
+                "textposition": "none",
+                "hovertemplate": f"{method}, %{{text}}<br>%{{y:.4f}} nats/token<extra></extra>",
+                "marker": {"color": RUNG_COLOURS[index % len(RUNG_COLOURS)]},
+                "error_y": {
+                    "type": "data",
+                    "array": [row["gain"]["high"] - row["gain"]["mean"] for row in bars],
+                    "arrayminus": [row["gain"]["mean"] - row["gain"]["low"] for row in bars],
+                    "thickness": 1.2,
+                    "width": 3,
+                },
+            }
+        )
+    xaxis = {"type": "category", "categoryorder": "array", "categoryarray": names}
+    yaxis = {"title": {"text": "gain, nats/token"}}
+    return {"data": data, "layout": {"barmode": "group", "xaxis": xaxis, "yaxis": yaxis}}
+
+
+def _across(rows: Sequence[Row]) -> Figure:
+    """Loss over dense loss by method and allocation, one colour per model."""
+    data = []
+    for index, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        points = [row for row in rows if row["model"] == model and row["relative_loss"]]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": model,
+                "x": [f"{row['method']}, {row['allocation']}" for row in points],
+                "y": [row["relative_loss"]["mean"] for row in points],
+                "error_y": {
+                    "type": "data",
+                    "array": [1.96 * row["relative_loss"]["stderr"] for row in points],
+                },
+                "marker": {"size": 9, "color": RUNG_COLOURS[index % len(RUNG_COLOURS)]},
+            }
+        )
+    layout = {"xaxis": {"type": "category"}, "yaxis": {"title": {"text": "loss over dense loss"}}}
+    return {"data": data, "layout": layout}

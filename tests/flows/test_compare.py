@@ -1,0 +1,223 @@
+"""A comparison of a tiny model, end to end; and the loop that drives its cells.
+
+python -m pytest tests/flows/test_compare.py
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from flows.cells import cells_of
+from flows.study import drive
+from infra.cluster import Cluster
+from infra.errors import UserError
+from infra.records import TrialResult, TrialSpec
+from infra.specs import CalibrationSpec, DataSpec, ModelSpec, PruneSpec, load_spec, parse_spec
+from tests.flows.commands import run, write_project
+
+LISTS = """
+[compare]
+methods = ["magnitude", "wanda"]
+allocations = ["uniform", "arithmetic", "{broken}", "als"]
+sparsities = [0.5, 0.6]
+"""
+SMALL = ("search.scouts=2", "evaluation.calibration_seeds=1", "--json")
+METHODS, SPARSITIES = ("magnitude", "wanda"), (0.5, 0.6)
+
+
+def trials_of(cell: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted((cell / "trials").glob("*.json"))]
+
+
+@pytest.mark.timeout(300)
+def test_a_comparison_end_to_end(tmp_path: Path) -> None:
+    """Every cell is a row; what cells share is run once; a second start repeats nothing."""
+    spec = write_project(tmp_path)
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"no.such.matrix": 0.5}')
+    spec.write_text(spec.read_text() + LISTS.format(broken=broken))
+    done = run("compare", spec, *SMALL, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    rows = json.loads(line)["rows"]
+    folder = tmp_path / "run"
+    assert json.loads((folder / "compare.json").read_text())["rows"] == rows
+    assert [(row["sparsity"], row["method"]) for row in rows[::4]] == [
+        (sparsity, method) for sparsity in SPARSITIES for method in METHODS
+    ]
+    by_name = {row["cell"]: row for row in rows}
+    for method in METHODS:
+        for sparsity in SPARSITIES:
+            cell = f"model_{method}_{{}}_{sparsity:g}".format
+            refused = by_name[cell("als")]
+            assert refused["state"] == "refused" and "not reproduced" in refused["cause"]
+            failed = by_name[cell("broken")]
+            assert failed["state"] == "refused" and "has no rate for" in failed["cause"]
+            assert by_name[cell("uniform")]["verdict"] == "baseline"
+            assert by_name[cell("uniform")]["search_cost"] == 0
+            found = by_name[cell("arithmetic")]
+            assert found["search_cost"] > 0
+            assert found["gain"]["low"] <= found["gain"]["mean"] <= found["gain"]["high"]
+            assert found["verdict"] in ("gain", "no gain")
+            assert found["cause"].startswith("no gain") == (found["verdict"] == "no gain")
+            for key, unit in (("perplexity", "perplexity/token"), ("relative_loss", "of dense")):
+                assert found[key]["unit"] == unit and found[key]["n"] == 4
+            ratio = found["loss"]["mean"] / found["dense"]["loss"]["mean"]
+            assert found["relative_loss"]["mean"] == pytest.approx(ratio)
+
+            # The uniform final was run in one cell and copied to the other, times and all.
+            finals = [
+                {**trial, "spec": {**trial["spec"], "number": 0}}
+                for allocation in ("uniform", "arithmetic")
+                for trial in trials_of(folder / cell(allocation))
+                if trial["spec"]["stage"] == "final"
+                and trial["spec"]["prune"]["allocation"] == "uniform"
+            ]
+            assert len(finals) == 2 and finals[0] == finals[1]
+            assert not (folder / cell("arithmetic") / "best").exists()
+            assert (folder / cell("arithmetic") / "report.html").exists()
+    page = (folder / "compare.html").read_text(encoding="utf-8")
+    assert "not reproduced" in page and 'id="plot1"' in page
+
+    stamps = {file: file.stat().st_mtime_ns for file in folder.glob("*/trials/*.json")}
+    again = run("compare", spec, *SMALL, cache=tmp_path / "cache")
+    assert again.returncode == 0, again.stderr
+    assert {f: f.stat().st_mtime_ns for f in folder.glob("*/trials/*.json")} == stamps
+    assert json.loads(again.stdout)["rows"] == rows
+
+
+def test_cells_have_names_that_a_file_may_have(tmp_path: Path) -> None:
+    raw = {
+        "model": {"source": "pypi:w==1/w/SmolLM2-135M.gguf"},
+        "data": {"source": "text.txt"},
+        "prune": {"allocation": "owl", "parameters": {"M": 4.0}, "beta": 0.01},
+        "compare": {
+            "models": ["org/Model_B@main", "pypi:w==1/w/SmolLM2-135M.gguf", "other/model_b"],
+            "allocations": ["owl", "rates/mine.json"],
+            "sparsities": [0.6, 0.6],
+        },
+        "run": {"dir": str(tmp_path)},
+    }
+    cells = cells_of(parse_spec(raw, "test"))
+    names = [cell.name for cell in cells]
+    assert names[0] == "model-b_wanda_owl_0.6"
+    assert names[3] == "smollm2-135m_wanda_mine_0.6"
+    assert len(set(names)) == len(names) == 6
+    assert cells[0].spec.prune.parameters == {"M": 4.0}
+    assert cells[1].spec.prune.parameters == {}
+    assert cells[0].spec.run.dir == str(tmp_path / names[0])
+    # A list more or less is no other cell.
+    assert "compare" not in cells[0].spec.identity()
+
+
+def test_a_spec_with_lists_and_numbers_is_read_back(tmp_path: Path) -> None:
+    from infra.store import RunStore
+
+    path = tmp_path / "some.toml"
+    path.write_text(
+        '[model]\nsource = "a/b"\n[data]\nsource = "text.txt"\n[prune]\nallocation = "owl"\n'
+        'parameters = {lambda = 0.1}\n[compare]\nmethods = ["wanda"]\n[published]\nbest = 22.2\n'
+    )
+    spec = load_spec(path, [f"run.dir={tmp_path / 'run'}"])
+    with RunStore.open(spec, "compare"):
+        assert RunStore.read(tmp_path / "run").spec == spec
+
+
+def trial(number: int, what: str) -> TrialSpec:
+    return TrialSpec(
+        number=number,
+        stage="search",
+        model=ModelSpec(source=what),
+        data=DataSpec(source="text.txt"),
+        calibration=CalibrationSpec(),
+        prune=PruneSpec(),
+        split="selection",
+        windows=2,
+        context=512,
+    )
+
+
+class Waves:
+    """A run of waves; a trial is named by its work."""
+
+    def __init__(self, log: list[str], name: str, *waves: str) -> None:
+        self.log, self.name, self.waves = log, name, waves
+        self.out: set[int] = set()
+        self.taken: list[str] = []
+
+    def trials(self) -> Iterator[TrialSpec | None]:
+        self.log.append(f"{self.name} begins")
+        number = 0
+        for wave in self.waves:
+            for what in wave.split():
+                self.out.add(number)
+                yield trial(number, what)
+                number += 1
+            while self.out:
+                yield None
+
+    def take(self, result: TrialResult) -> None:
+        if result.cause:
+            raise UserError(result.cause)
+        self.out.remove(result.spec.number)
+        self.taken.append(result.spec.model.source)
+
+    def finish(self) -> None:
+        self.log.append(f"{self.name} ends")
+
+    def stop(self, error: BaseException) -> None:
+        self.log.append(f"{self.name} stops: {error}")
+
+
+class Workers:
+    """As many trials at once as given, the oldest returns first; as Cluster.run reads its specs."""
+
+    def __init__(self, log: list[str], parallel: int) -> None:
+        self.log, self.parallel = log, parallel
+
+    def run(self, function: object, specs: Iterable[TrialSpec | None]) -> Iterator[TrialResult]:
+        source, busy = iter(specs), list[TrialSpec]()
+        while True:
+            while len(busy) < self.parallel and (spec := next(source, None)) is not None:
+                self.log.append(spec.model.source)
+                busy.append(spec)
+            if not busy:
+                return
+            first = busy.pop(0)
+            cause = "bad" if first.model.source == "bad" else ""
+            yield TrialResult(spec=first, state="complete", cause=cause)
+
+
+def driven(parallel: int, *waves: tuple[str, ...], keep_going: bool = True) -> list[str]:
+    log: list[str] = []
+    runs = [Waves(log, name, *each) for name, each in zip("ABC", waves, strict=False)]
+    drive(cast(Cluster, Workers(log, parallel)), iter(runs), keep_going=keep_going)
+    return log
+
+
+def test_a_worker_alone_takes_one_run_after_the_other() -> None:
+    log = driven(1, ("a1 a2", "a3"), ("b1",))
+    assert log == ["A begins", "a1", "a2", "a3", "A ends", "B begins", "b1", "B ends"]
+
+
+def test_a_second_worker_is_kept_busy_by_the_next_run() -> None:
+    log = driven(2, ("a1 a2 a3", "a4"), ("b1 b2",))
+    # While a3 is out, A has nothing to offer; once it is back, A comes before B.
+    assert log == ["A begins", "a1", "a2", "a3", "B begins", "b1", "a4", "b2", "A ends", "B ends"]
+
+
+def test_equal_trials_are_run_once() -> None:
+    """Those that are out, and those that are finished."""
+    log = driven(2, ("u a1", "a2"), ("u b1",), ("u",))
+    assert log.count("u") == 1
+    assert {"A ends", "B ends", "C ends"} <= set(log)
+
+
+def test_a_run_that_fails_ends_alone() -> None:
+    log = driven(2, ("a1 bad",), ("b1",))
+    assert "A stops: bad" in log and "B ends" in log
+    with pytest.raises(UserError, match="bad"):
+        driven(2, ("a1 bad",), ("b1",), keep_going=False)
