@@ -61,21 +61,27 @@ def write_comparison(folder: Path) -> Comparison:
 
 
 def print_comparison(comparison: Comparison, run: str) -> None:
-    """The table, and where to look next."""
+    """The table, why cells have no gain or no result, and where to look next."""
     console = Console(highlight=False)
-    table = Table()
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in COLUMNS[:5] else "right")
-    model = None
-    for row in comparison["rows"]:
-        if model not in (None, row["model"]):
-            table.add_section()
-        model = row["model"]
-        table.add_row(*_words(row))
-    console.print(table)
+    if not console.is_terminal:
+        console.width = 160  # in a file, nothing has to fit a screen
+    rows = comparison["rows"]
+    for model, sparsity in dict.fromkeys((row["model"], row["sparsity"]) for row in rows):
+        table = Table(title=f"{model} at {100 * sparsity:g} % sparsity", title_justify="left")
+        for column in COLUMNS[2:]:
+            left = column in COLUMNS[:5] or column == COLUMNS[-1]
+            table.add_column(column, justify="left" if left else "right", no_wrap=True)
+        for row in rows:
+            if (row["model"], row["sparsity"]) == (model, sparsity):
+                outcome = row["verdict"] if row["state"] == "complete" else row["state"]
+                table.add_row(*_words(row)[2:-1], outcome)
+        console.print(table)
+    for row in rows:
+        if row["cause"]:
+            console.print(f"{row['cell']}: {row['cause']}", markup=False, soft_wrap=True)
     folder = Path(run)
-    console.print(f"report  {folder / 'compare.html'}")
-    console.print(f"cells   {folder}/*/report.html")
+    console.print(f"report  {folder / 'compare.html'}", soft_wrap=True)
+    console.print(f"cells   {folder}/*/report.html", soft_wrap=True)
 
 
 def _words(row: Row) -> list[str]:

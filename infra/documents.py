@@ -142,7 +142,9 @@ def _files_of(source: str) -> tuple[Path, ...]:
     path = fetch(source, "dataset")
     if path.is_file():
         if _suffix(path) not in {suffix for kind in _KINDS for suffix in kind}:
-            raise UserError(f"{source}: cannot read {_suffix(path) or 'this kind of'} files as text")
+            raise UserError(
+                f"{source}: cannot read {_suffix(path) or 'this kind of'} files as text"
+            )
         return (path,)
     if (path / "state.json").exists():
         return (path,)

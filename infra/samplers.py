@@ -308,7 +308,8 @@ class StudyMirror:
         loss = result.loss if result.state == "complete" else None
         if loss is not None:
             attrs["perplexity"] = math.exp(loss)
-        study.add_trial(_frozen(result.numbers, loss, self._bounds, attrs))
+        numbers = {name: result.numbers.get(name, 0.0) for name in self._bounds}
+        study.add_trial(_frozen(numbers, loss, self._bounds, attrs))
         known.add(result.spec.number)
 
     def _open(self, rung: int) -> tuple[optuna.Study, set[int]]:

@@ -36,7 +36,9 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("command", ["", "search", "prune", "compare", "check", "evaluate", "report"])
+@pytest.mark.parametrize(
+    "command", ["", "search", "prune", "compare", "check", "evaluate", "report"]
+)
 def test_help_imports_nothing_heavy(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "flows.cli", *command.split(), "--help"],
