@@ -131,8 +131,8 @@ class Lockstep(AbstractContextManager["Lockstep"]):
     Raises UserError, naming the block, where a block is visited again by the same forward,
     changes its arguments or is given a cache: a second pass would then see other inputs.
 
-    The hidden states of waiting runs stay where they are up to `limit_bytes` in all; the rest wait
-    in host memory.
+    The hidden states of runs that wait before a block stay where they are up to `limit_bytes` in
+    all; the rest wait in host memory. What a run holds at a pause inside a block stays where it is.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class Lockstep(AbstractContextManager["Lockstep"]):
                     how.seen(output)
                 if not how.again:
                     return output
-                del output
+                del output, how  # its watcher holds inputs, and the run may wait for long
 
         return forward
 

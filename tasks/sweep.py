@@ -1,6 +1,6 @@
 """The lockstep sweep: one pass over the weights prunes a model and evaluates it.
 
-    outcome = sweep(modality, rates, method="wanda", pause="linear",
+    outcome = sweep(modality, rates, method="wanda", pause_at="linear",
                     calibration=calibration_batches, evaluation=evaluation_batches)
     outcome.losses
 

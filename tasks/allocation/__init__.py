@@ -184,6 +184,8 @@ def values_of(prune: PruneSpec, matrices: Matrices) -> dict[str, float]:
     """
     values = {p.name: p.default for p in allocation_named(prune.allocation).parameters(matrices)}
     given = {"beta": prune.beta} if "beta" in values else {}
+    if prune.beta and not given:
+        raise UserError(f"prune.beta={prune.beta:g}: {prune.allocation} has no beta; leave it out")
     known = [name for name in values if name != "beta"]
     for name, value in prune.parameters.items():
         if name == "beta":
