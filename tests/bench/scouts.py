@@ -56,6 +56,8 @@ def main() -> None:
             f"prune.sparsity={options.sparsity}",
             f"calibration.samples={options.samples}",
             f"evaluation.selection_windows={options.windows}",
+            "calibration.length=256",
+            "evaluation.context=256",
         ],
     )
     answers: list[dict[str, Any]] = []
@@ -106,14 +108,14 @@ class _Kept:
 
     def study(self, name: str, spec: Spec) -> dict[str, Any]:
         """Of one model and calibration seed: how many steps each cheap choice is off."""
-        model = describe_model([search_trial(spec, 0.0, 0)])
+        model = describe_model([search_trial(spec, spec.prune, 0)])
         _, high = beta_bounds(model.block_params(), spec.prune.sparsity)
         betas = [high * k / STEPS for k in range(STEPS)]
         results: dict[int, TrialResult] = {}
         while (wave := next_wave(spec, model, results))[0].stage == "search":
             results |= {trial.number: self.run(trial) for trial in wave}
-        found = wave[1].prune.beta
-        full = search_trial(spec, 0.0, -1)
+        found = wave[-1].prune.beta
+        full = search_trial(spec, spec.prune, -1)
         all_samples = [self.run(_at(full, beta)) for beta in betas]
         few = full.calibration.model_copy(update={"samples": 2})
         few_samples = [
@@ -154,18 +156,11 @@ def _small(base: Spec, name: str) -> Spec:
         making = folder.with_suffix(f".{os.getpid()}")
         train(name, base.data, making)
         making.rename(folder)
-    shorter = {"length": 256, "samples": 2 * base.calibration.samples}
-    windows = {"context": 256, "selection_windows": 2 * base.evaluation.selection_windows}
-    return base.model_copy(
-        update={
-            "model": base.model.model_copy(update={"source": str(folder), "dtype": "float32"}),
-            "calibration": base.calibration.model_copy(update=shorter),
-            "evaluation": base.evaluation.model_copy(update=windows),
-        }
-    )
+    model = base.model.model_copy(update={"source": str(folder), "dtype": "float32"})
+    return base.model_copy(update={"model": model})
 
 
-def train(name: str, data: DataSpec, folder: Path, *, steps: int = 700) -> None:
+def train(name: str, data: DataSpec, folder: Path, *, steps: int = 300) -> None:
     """Train a small model on HellaSwag's texts and the calibration documents, and save it."""
     import datasets
     import torch
