@@ -76,7 +76,8 @@ def _memory(model: ModelRecord, trial: TrialSpec) -> int:
     """
     size = 4 if model.dtype == "float32" else 2
     states = trial.calibration.samples * trial.calibration.length
-    states += trial.windows * trial.context * (2 if trial.error_curves else 1)
+    # With curves: both streams, and of one block the outputs f(X) and f(X~) that wait for f~(X~).
+    states += trial.windows * trial.context * (4 if trial.error_curves else 1)
     kept = sum(model.block_params()) if trial.checkpoint else max(model.block_params())
     logits = 2 * max(model.batch_tokens, trial.context) * model.outputs
     return size * (states * model.width + kept + logits)
