@@ -61,7 +61,7 @@ def explain(
         return "There is one block only: it makes all of the error and carries none."
     first = _where(uniform)
     if same:
-        return f"{first} No schedule did better than this one."
+        return f"{first} Best has equal rates too, so there is nothing to compare."
     return f"{first} {_compare(uniform, best, uniform_rates, best_rates, verdict)}"
 
 
@@ -107,17 +107,16 @@ def _halves(curve: Curve) -> tuple[_Half, _Half]:
 def _where(curve: Curve) -> str:
     """Of one model: where the error at its output was made, and what became of it on the way."""
     early, late = _halves(curve)
-    middle, last = len(curve) // 2, curve[-1].block
+    middle = len(curve) // 2
     share = early.origin / (early.origin + late.origin)
     text = (
-        f"With equal rates, blocks {curve[0].block} to {curve[middle - 1].block} make "
-        f"{_percent(share)} and blocks {curve[middle].block} to {last} make {_percent(1 - share)} "
-        "of the error that reaches the output"
+        f"With equal rates, {_percent(share)} of the error that reaches the output is made by "
+        f"{_span(curve[:middle])} and {_percent(1 - share)} by {_span(curve[middle:])}"
     )
     begin = next(place for place, error in enumerate(curve) if error.absolute)
     carrying = curve[begin + 1 :]
     if carrying:
-        text += f"; carried through blocks {carrying[0].block} to {last}, error "
+        text += f"; carried through {_span(carrying)}, error "
         text += _grows(math.prod(error.gain for error in carrying))
         state = _size(curve[-1]) / _size(curve[begin])
         if abs(state - 1) > NOTABLE:
@@ -140,6 +139,11 @@ def _grows(factor: float, more: str = "is amplified", less: str = "is absorbed")
     if factor < 1 - NOTABLE:
         return f"{less} to {factor:.2g} of its size"
     return "keeps its size"
+
+
+def _span(part: Curve) -> str:
+    first, last = part[0].block, part[-1].block
+    return f"block {first}" if first == last else f"blocks {first} to {last}"
 
 
 def _size(error: BlockError) -> float:

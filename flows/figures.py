@@ -3,6 +3,7 @@
 figures(report)["loss"]["data"]
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,9 +69,10 @@ def _room(traces: list[Figure]) -> list[float]:
 
 
 def _ticks(traces: list[Figure]) -> dict[str, str]:
-    """1, 2, 5 on a logarithmic axis of few decades, where plotly would name all nine."""
+    """1, 2, 5 on a logarithmic axis of few decades; all nine where one may hold no two of them."""
     values = [value for trace in traces for value in trace["y"] if value]
-    return {"dtick": "D2"} if values and max(values) < 300 * min(values) else {}
+    span = max(values) / min(values) if values else math.inf
+    return {"dtick": "D1"} if span < 5 else {"dtick": "D2"} if span < 300 else {}
 
 
 def _line(side: str, blocks: list[str], values: Sequence[float | None], hover: str) -> Figure:

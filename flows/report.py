@@ -178,18 +178,16 @@ def _errors(
     uniform: Sequence[TrialResult], best: Sequence[TrialResult], gain: Difference
 ) -> dict[str, Any]:
     """The error curves of the seed that has them, and what they say."""
-    sides = [next((r for r in side if r.errors), side[0]) for side in (uniform, best)]
-    curves, rates = [r.errors for r in sides], [r.block_rates for r in sides]
+    equal, other = (next((r for r in side if r.errors), side[0]) for side in (uniform, best))
+    curves = {"uniform": equal.errors, "best": other.errors}
+    both = (equal.errors, other.errors, equal.block_rates, other.block_rates)
     verdict: Verdict = "gain" if gain.low > 0 else "loss" if gain.high < 0 else "no gain"
     return {
         "errors": {
-            **{
-                name: [error.model_dump() for error in curve]
-                for name, curve in zip(("uniform", "best"), curves, strict=True)
-            },
-            "damage_rates": damage_rates(*curves, *rates),
+            **{side: [error.model_dump() for error in curve] for side, curve in curves.items()},
+            "damage_rates": damage_rates(*both),
         },
-        "explanation": explain(*curves, *rates, verdict=verdict, same=_is_uniform(sides[1])),
+        "explanation": explain(*both, verdict=verdict, same=_is_uniform(other)),
     }
 
 

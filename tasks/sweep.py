@@ -185,8 +185,8 @@ class _Sweep:
             run.resume(Pass(seen=partial(curve.dense, id(run))))
         if self.pruning:
             for run in evaluating if riding else ():
-                seen = partial(curve.carried, self._pairs[id(run)])
-                run.resume(Pass(again=True, apart=True, seen=seen))
+                carried = partial(curve.carried, self._pairs[id(run)])
+                run.resume(Pass(again=True, apart=True, seen=carried))
             if self.pause_at == "block":
                 self._prune_block(index, calibrating, close)
             else:

@@ -53,7 +53,7 @@ def loss_at(beta: float) -> float:
 
 
 def make_errors(rates: list[float]) -> list[BlockError]:
-    """What a block makes grows as exp(6 * rate), and by 5 % in each later block; the stream by 4 %."""
+    """What a block makes grows as exp(6 * rate), and by 5 % in later blocks; the stream by 4 %."""
     errors, before = list[BlockError](), 0.0
     for i, rate in enumerate(rates):
         made, carried, size = math.exp(6 * rate) * 1e-3, 1.1025 * before, 1.0816**i * 9

@@ -21,7 +21,7 @@ def test_the_error_curves_are_explained() -> None:
     assert "damping raised to 0.1" in page and "best, notes" in page
     assert "uniform, notes" not in page and "no calibration token" not in page
     won = build_report(make_spec(), make_model(), make_run(best=0.0), 1.0)
-    assert won["explanation"].endswith("No schedule did better than this one.")
+    assert won["explanation"].endswith("so there is nothing to compare.")
 
 
 def test_what_became_of_matrices_is_shown_for_both_sides() -> None:

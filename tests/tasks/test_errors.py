@@ -5,6 +5,7 @@ python -m pytest tests/tasks/test_errors.py
 
 import math
 import weakref
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_made_and_carried_equal_a_naive_computation(
         assert error.damage == pytest.approx(float(made.square().sum() / true.square().sum()))
         assert error.made > 0
     assert (errors[0].carried, errors[0].cross, errors[0].gain) == (0.0, 0.0, 0.0)
-    for before, error in zip(errors, errors[1:], strict=False):
+    for before, error in pairwise(errors):
         assert error.gain == pytest.approx(math.sqrt(error.carried / before.absolute))
         assert error.gain > 0
 
