@@ -84,6 +84,11 @@ class BlockError(Frozen):
     absolute: float = Field(description="mean of ||H - H~||^2 per token")
     relative: float = Field(description="||H - H~|| / ||H||")
     cosine: float
+    made: float = Field(0.0, description="mean of ||f~(X~) - f(X~)||^2 per token: by pruning f")
+    carried: float = Field(0.0, description="mean of ||f(X~) - f(X)||^2 per token: by its input")
+    cross: float = Field(0.0, description="absolute - made - carried: twice their inner product")
+    gain: float = Field(0.0, description="sqrt(carried / absolute of the block before)")
+    damage: float = Field(0.0, description="made, relative to ||H||^2")
 
 
 class Cost(Frozen):
