@@ -70,16 +70,19 @@ def _passes_in_turn(spec: Spec, model: ModelRecord, parallel: int) -> int:
 
 
 def _memory(model: ModelRecord, trial: TrialSpec) -> int:
-    """Private bytes of a trial: hidden states of all batches, one block, the head's logits.
+    """Private bytes of a trial: what all batches hold at a pause, one block, the head's logits.
 
-    The mapped weights come on top; all trials of a node share them.
+    A batch that pauses inside a block also holds what it has computed there: measured, about its
+    normed input and two results of the widest matrix. The mapped weights come on top; all trials
+    of a node share them.
     """
     size = 4 if model.dtype == "float32" else 2
-    states = trial.calibration.samples * trial.calibration.length
-    states += trial.windows * trial.context * (2 if trial.error_curves else 1)
+    held = 2 * model.width + (2 * model.inner if trial.prune.pause == "linear" else 0)
+    calibrating = trial.calibration.samples * trial.calibration.length * held
+    states = trial.windows * trial.context * (4 if trial.error_curves else 1)
     kept = sum(model.block_params()) if trial.checkpoint else max(model.block_params())
     logits = 2 * max(model.batch_tokens, trial.context) * model.outputs
-    return size * (states * model.width + kept + logits)
+    return size * (calibrating + states * model.width + kept + logits)
 
 
 def _print(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> None:

@@ -202,7 +202,8 @@ def _plots(rows: Sequence[Row]) -> dict[str, tuple[str, Figure]]:
     for model, sparsity in dict.fromkeys((row["model"], row["sparsity"]) for row in rows):
         inside = [r for r in rows if (r["model"], r["sparsity"]) == (model, sparsity)]
         title = f"{model} at {100 * sparsity:g} %: gain over uniform"
-        plots[f"plot{len(plots)}"] = title, _gains(inside)
+        if any(row.get("verdict", "baseline") != "baseline" for row in inside):
+            plots[f"plot{len(plots)}"] = title, _gains(inside)
     if len({row["model"] for row in rows}) > 1:
         for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
             inside = [r for r in rows if r["sparsity"] == sparsity and r["state"] == "complete"]

@@ -3,6 +3,8 @@
 figures(report)["loss"]["data"]
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from tasks.statistics import plus_minus
@@ -26,6 +28,14 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
         for side, curve in ((side, report["errors"][side]) for side in sides)
         if curve
     ]
+    split = [
+        _line(side, blocks, sizes, f"{what} %{{y:.3g}} in %{{text}}")
+        | {"name": f"{side}, {what}", "line": {"color": COLOURS[side], "width": 2, "dash": dash}}
+        for side in sides
+        for what, dash in (("made", "solid"), ("carried", "dot"))
+        # Nothing is carried into the first block, and a logarithmic axis has no zero.
+        if any(sizes := [relative_part(e, what) or None for e in report["errors"][side]])
+    ]
     shares = {"title": {"text": "share of zeros"}, "tickformat": ".0%", "range": _room(rates)}
     ratio = {"title": {"text": "‖H − H̃‖ / ‖H‖"}, "type": "log", "tickformat": ".2~g"}
     return {
@@ -38,7 +48,14 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
         ),
         "rates": _figure(rates, "block", shares),
         "errors": _figure(errors, "block", ratio | _ticks(errors)),
+        "split": _figure(split, "block", ratio | {"title": {"text": "part / ‖H‖"}} | _ticks(split)),
     }
+
+
+def relative_part(error: dict[str, Any], part: str) -> float:
+    """The norm of what a block makes or carries, over that of its dense output."""
+    share = error[part] / error["absolute"] if error["absolute"] else 0.0
+    return float(error["relative"] * share**0.5)
 
 
 def _figure(data: list[Figure], xtitle: str, yaxis: Figure) -> Figure:
@@ -52,12 +69,13 @@ def _room(traces: list[Figure]) -> list[float]:
 
 
 def _ticks(traces: list[Figure]) -> dict[str, str]:
-    """1, 2, 5 on a logarithmic axis of few decades, where plotly would name all nine."""
-    values = [value for trace in traces for value in trace["y"] if value > 0]
-    return {"dtick": "D2"} if values and max(values) < 300 * min(values) else {}
+    """1, 2, 5 on a logarithmic axis of few decades; all nine where one may hold no two of them."""
+    values = [value for trace in traces for value in trace["y"] if value]
+    span = max(values) / min(values) if values else math.inf
+    return {"dtick": "D1"} if span < 5 else {"dtick": "D2"} if span < 300 else {}
 
 
-def _line(side: str, blocks: list[str], values: list[float], hover: str) -> Figure:
+def _line(side: str, blocks: list[str], values: Sequence[float | None], hover: str) -> Figure:
     return {
         "type": "scatter",
         "mode": "lines+markers",

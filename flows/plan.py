@@ -126,7 +126,7 @@ def token_passes(trial: TrialSpec) -> int:
     calibration = trial.calibration.samples * trial.calibration.length
     evaluation = trial.windows * trial.context
     passes = 2 if trial.prune.pause == "block" else 1
-    return calibration * passes + evaluation * (2 if trial.error_curves else 1)
+    return calibration * passes + evaluation * (3 if trial.error_curves else 1)
 
 
 def planned_passes(spec: Spec, model: ModelRecord | None, results: Results) -> int:

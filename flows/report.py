@@ -17,7 +17,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from flows.figures import COLOURS, figures
+from flows.explanation import Verdict, damage_rates, explain
+from flows.figures import COLOURS, figures, relative_part
 from flows.live import duration
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult
@@ -26,6 +27,7 @@ from infra.store import RunStore, write_atomic
 from tasks.allocation import bounds_of
 from tasks.model_card import settings
 from tasks.statistics import (
+    Difference,
     bits_per_byte,
     mean_loss,
     paired_difference,
@@ -105,10 +107,7 @@ def build_report(
             "verdict": "gain" if gain.low > 0 else "no gain",
         },
         "trials": _trials(results, done),
-        "errors": {
-            name: next(([e.model_dump() for e in r.errors] for r in side if r.errors), [])
-            for name, side in (("uniform", uniform), ("best", best))
-        },
+        **_errors(uniform, best, gain),
         "spec": spec.model_dump(),
         "model": {
             **model.model_dump(exclude={"matrices"}),
@@ -171,7 +170,24 @@ def _side(side: Sequence[TrialResult]) -> dict[str, Any]:
         "rates": [
             m.model_dump(include={"block", "matrix", "params", "rate"}) for m in first.matrices
         ],
-        "fallbacks": first.fallbacks,
+        **first.model_dump(include={"fallbacks", "notes", "clamped"}),
+    }
+
+
+def _errors(
+    uniform: Sequence[TrialResult], best: Sequence[TrialResult], gain: Difference
+) -> dict[str, Any]:
+    """The error curves of the seed that has them, and what they say."""
+    equal, other = (next((r for r in side if r.errors), side[0]) for side in (uniform, best))
+    curves = {"uniform": equal.errors, "best": other.errors}
+    both = (equal.errors, other.errors, equal.block_rates, other.block_rates)
+    verdict: Verdict = "gain" if gain.low > 0 else "loss" if gain.high < 0 else "no gain"
+    return {
+        "errors": {
+            **{side: [error.model_dump() for error in curve] for side, curve in curves.items()},
+            "damage_rates": damage_rates(*both),
+        },
+        "explanation": explain(*both, verdict=verdict, same=_is_uniform(other)),
     }
 
 
@@ -266,6 +282,7 @@ def render(report: Report) -> str:
         figures=figures(report),
         settings=settings(report["spec"]),
         colours=COLOURS,
+        part=relative_part,
     )
 
 

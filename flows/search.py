@@ -244,6 +244,8 @@ def pin(spec: Spec) -> Spec:
     model, data = spec.model, spec.data
     if not data.source and not (data.calibration and data.selection and data.report):
         raise UserError(MISSING_SOURCE)
+    if spec.prune.sparsity == 0:
+        raise UserError("prune.sparsity=0 prunes nothing: give the share of zeros, such as 0.6")
     if data.cut == "whole" and spec.search.protocol != "paper":
         raise UserError("data.cut='whole' does not keep splits apart: use search.protocol='paper'")
     inspect_checkpoint(

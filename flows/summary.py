@@ -36,6 +36,8 @@ def print_summary(report: dict[str, Any], run: str) -> None:
         table.add_row(name, *facts, *cells, *([f"{published.get(name, '')}"] if published else []))
     console.print(table)
     console.print(report["gain"]["conclusion"])
+    if report["explanation"]:
+        console.print(report["explanation"])
     folder = Path(run)
     console.print(f"report      {folder / 'report.html'}")
     if (folder / "best").is_dir():

@@ -38,13 +38,14 @@ class ModelRecord(Frozen):
     unseen: list[str] = Field(default=[], description="matrices of blocks in no known product")
     context: int = Field(description="longest context the model states")
     width: int = Field(0, description="of the hidden state")
+    inner: int = Field(0, description="largest side of a matrix in a block")
     outputs: int = Field(0, description="of the head: the vocabulary of a language model")
     batch_tokens: int = Field(0, description="that pass a block, and the head, at once")
     adds_bos: bool
     profile: list[float] = Field(
         default=[], description="what the spec's allocation measured, one number per matrix"
     )
-    dense_loss: float = Field(0.0, description="nats per token on two windows of selection text")
+    dense_loss: float = Field(0.0, description="nats per token on the first evaluated batch")
     data_sha256: dict[str, str] = Field(default={}, description="of the documents of each split")
     licence: str = ""
 
@@ -83,6 +84,11 @@ class BlockError(Frozen):
     absolute: float = Field(description="mean of ||H - H~||^2 per token")
     relative: float = Field(description="||H - H~|| / ||H||")
     cosine: float
+    made: float = Field(0.0, description="mean of ||f~(X~) - f(X~)||^2 per token: by pruning f")
+    carried: float = Field(0.0, description="mean of ||f(X~) - f(X)||^2 per token: by its input")
+    cross: float = Field(0.0, description="absolute - made - carried: twice their inner product")
+    gain: float = Field(0.0, description="sqrt(carried / absolute of the block before)")
+    damage: float = Field(0.0, description="made, relative to ||H||^2")
 
 
 class Cost(Frozen):
@@ -93,7 +99,9 @@ class Cost(Frozen):
     sweep_s: float = 0.0
     total_s: float = 0.0
     token_passes: int = Field(0, description="tokens times passes over all blocks")
-    peak_memory_bytes: int = 0
+    peak_memory_bytes: int = Field(
+        0, description="on the GPU during the trial, else of the process since it began"
+    )
 
 
 class TrialResult(Frozen):

@@ -163,7 +163,7 @@ class CompareSpec(Frozen):
     models: list[str] = Field([], description="sources; empty: model.source")
     methods: list[str] = Field([], description="empty: prune.method")
     allocations: list[str] = Field([], description="empty: prune.allocation")
-    sparsities: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+    sparsities: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [], description="empty: prune.sparsity"
     )
     checkpoints: bool = Field(False, description="every cell saves its pruned model")

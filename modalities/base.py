@@ -206,6 +206,7 @@ class Modality(ABC):
             blocks=[block.name for block in self.blocks],
             matrices=self.matrices(),
             total_params=sum(p.numel() for p in self.model.parameters()),
+            inner=max(max(m.weight().shape) for b in self.blocks for m in b.matrices),
             unseen=[f"{b.name}.{name}" for b in self.blocks for name in b.unseen],
             **self.facts(),
         )
@@ -218,9 +219,11 @@ class Modality(ABC):
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 where the device multiplies it natively (twice as fast), else float32."""
     if name == "auto":
-        native = device.type != "cpu" or any(
-            torch.cpu.get_capabilities().get(unit) for unit in ("avx512_bf16", "amx_bf16")
-        )
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            units = torch.cpu.get_capabilities()
+            native = any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16"))
         return torch.bfloat16 if native else torch.float32
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)

@@ -1,7 +1,7 @@
 """Finding the blocks of a model and their prunable matrices by watching it run.
 
-    structure = find_structure(model, lambda: model(input_ids=ids, use_cache=False))
-    structure.blocks       # [Block(name="model.layers.0", module=..., matrices=[...]), ...]
+    blocks = find_blocks(model, lambda: model(input_ids=ids, use_cache=False))
+    # [Block(name="model.layers.0", module=..., matrices=(...)), ...]
 
 No architecture is named here. Blocks are the children of a ModuleList or Sequential that a
 forward calls one after another with a hidden state whose shape they keep. A list whose children

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._python_dispatch import (
     _push_mode as _push_dispatch_mode,
 )
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from infra.errors import UserError
 from modalities.blocks import hidden_state
@@ -73,11 +73,13 @@ class Pass:
     """How a run goes through the block it stands at.
 
     `watch` is entered around the block; `again` drops the output and comes back to the same
-    place; `seen` is handed the block's output.
+    place; `apart` hands the block copies of its arguments, so that it may write to them and its
+    output shares no memory with what the run goes on with; `seen` is handed the block's output.
     """
 
     watch: AbstractContextManager[Any] = field(default_factory=nullcontext)
     again: bool = False
+    apart: bool = False
     seen: Callable[[Any], None] | None = None
 
 
@@ -131,15 +133,15 @@ class Lockstep(AbstractContextManager["Lockstep"]):
     Raises UserError, naming the block, where a block is visited again by the same forward,
     changes its arguments or is given a cache: a second pass would then see other inputs.
 
-    The hidden states of waiting runs stay where they are up to `limit_bytes` in all; the rest wait
-    in host memory.
+    The hidden states of runs that wait before a block stay where they are up to `limit_bytes` in
+    all; the rest wait in host memory. What a run holds at a pause inside a block stays where it is.
     """
 
     def __init__(
         self, blocks: Sequence[tuple[str, nn.Module]], *, limit_bytes: float = math.inf
     ) -> None:
         self.blocks, self.limit_bytes = blocks, limit_bytes
-        self._held_bytes = 0
+        self.held_bytes = 0
         self._before: list[Any] = []
         self._runs: list[Run] = []
 
@@ -191,8 +193,10 @@ class Lockstep(AbstractContextManager["Lockstep"]):
             while True:
                 how: Pass = self._wait(index, hidden_state((args, kwargs)))
                 before = _versions(block, args, kwargs)
+                given = _copied((args, kwargs)) if how.apart else (args, kwargs)
                 with how.watch:
-                    output = original(*args, **kwargs)
+                    output = original(*given[0], **given[1])
+                del given
                 if how.again and _versions(block, args, kwargs) != before:
                     raise UserError(
                         f"{name} changes its arguments in place, so it cannot be run "
@@ -202,19 +206,19 @@ class Lockstep(AbstractContextManager["Lockstep"]):
                     how.seen(output)
                 if not how.again:
                     return output
-                del output
+                del output, how  # its watcher holds inputs, and the run may wait for long
 
         return forward
 
     def _wait(self, index: int, state: torch.Tensor | None) -> Any:
         if state is None:
             return pause(AtBlock(index))
-        if self._held_bytes + state.nbytes <= self.limit_bytes:
-            self._held_bytes += state.nbytes
+        if self.held_bytes + state.nbytes <= self.limit_bytes:
+            self.held_bytes += state.nbytes
             try:
                 return pause(AtBlock(index))
             finally:
-                self._held_bytes -= state.nbytes
+                self.held_bytes -= state.nbytes
         # The model's own frames hold this tensor too, so its contents move, not the argument.
         device = state.device
         state.data = state.data.to("cpu", copy=True)
@@ -228,6 +232,10 @@ def _versions(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     written = [x._version for x in [*tensors, *block.buffers()] if not x.is_inference()]
     return [*written, *(len(x) for x in (*args, *kwargs.values()) if isinstance(x, list))]
+
+
+def _copied(tree: Any) -> Any:
+    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, tree)
 
 
 def _refuse_cache(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,12 +1,14 @@
 """The lockstep sweep: one pass over the weights prunes a model and evaluates it.
 
-    outcome = sweep(modality, rates, method="wanda", pause="linear",
+    outcome = sweep(modality, rates, method="wanda", pause_at="linear",
                     calibration=calibration_batches, evaluation=evaluation_batches)
     outcome.losses
 
 All batches wait for each other at every block. There the dense copies pass first, the calibration
 batches show the block its inputs, its matrices are pruned, and everything else goes through the
-pruned block once. A block's weights are on the device only while batches stand at it.
+pruned block once; where dense copies ride along, it has been through the dense block before, which
+tells what the block makes of its error from what it carries. A block's weights are on the device
+only while batches stand at it.
 """
 
 from __future__ import annotations
@@ -133,6 +135,7 @@ class _Sweep:
                 lockstep.start(partial(modality.losses, b)) for b in (evaluation if dense else ())
             ]
             groups = calibrating, evaluating, riding
+            self._lockstep = lockstep
             self._pairs = dict(zip(map(id, evaluating), map(id, riding), strict=False))
             while (index := lockstep.lowest([*calibrating, *evaluating, *riding])) is not None:
                 standing = [lockstep.standing(group, index) for group in groups]
@@ -145,7 +148,8 @@ class _Sweep:
         passes = 2 if self.pause_at == "block" else 1
         passes += 3 if "gradient" in self.needs else 0  # a backward takes about two forwards
         outcome.token_passes = sum(b.tokens for b in calibration) * passes
-        outcome.token_passes += sum(b.tokens for b in evaluation) * (2 if dense else 1)
+        passes = (3 if self.pruning else 2) if dense else 1
+        outcome.token_passes += sum(b.tokens for b in evaluation) * passes
         return outcome
 
     def _check(self, planned: int) -> None:
@@ -175,10 +179,14 @@ class _Sweep:
     ) -> None:
         self._touched.add(index)
         self.modality.attach_block(index)
-        curve = ErrorCurve(index)
+        room = self._lockstep.limit_bytes - self._lockstep.held_bytes
+        curve = ErrorCurve(index, limit_bytes=room)
         for run in riding:
             run.resume(Pass(seen=partial(curve.dense, id(run))))
         if self.pruning:
+            for run in evaluating if riding else ():
+                carried = partial(curve.carried, self._pairs[id(run)])
+                run.resume(Pass(again=True, apart=True, seen=carried))
             if self.pause_at == "block":
                 self._prune_block(index, calibrating, close)
             else:
@@ -187,7 +195,8 @@ class _Sweep:
             seen = partial(curve.pruned, self._pairs[id(run)]) if riding else None
             run.resume(Pass(seen=seen))
         if riding:
-            self.outcome.errors.append(curve.result())
+            before = self.outcome.errors[-1].absolute if self.outcome.errors else 0.0
+            self.outcome.errors.append(curve.result(before))
         self.modality.check_untouched(index)
         if self.keep:
             self.modality.park_block(index)

@@ -40,6 +40,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
 
     before = list(_loaded)
     modality = loaded(spec.model)
+    _reset_peak_memory(modality.device)
     matrices = modality.matrices()
     plan = plan_of(spec.prune, matrices, spec.profile)
     per_block = block_rates(matrices, plan.rates, len(modality.blocks))
@@ -156,9 +157,11 @@ def loaded(spec: ModelSpec) -> Modality:
     import torch
 
     from modalities import load
+    from modalities.base import resolve_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    key = (spec, str(device))
+    dtype = str(resolve_dtype(spec.dtype, device)).removeprefix("torch.")
+    key = (spec.model_copy(update={"dtype": dtype}), str(device))
     if key not in _loaded:
         _loaded.clear()
         _loaded[key] = load(spec, device)
@@ -183,6 +186,13 @@ def _dense_loss(modality: Modality, batch: Batch) -> list[float]:
     if swept != plain:
         raise RuntimeError(f"lockstep gives a dense loss of {swept}, a plain loop {plain}")
     return plain
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak_memory(device: torch.device) -> int:

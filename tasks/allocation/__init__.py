@@ -74,6 +74,9 @@ __all__ = [
 ]
 
 
+_OPTIONS = ("beta", "method", "pattern", "pause")  # of allocate(), that are keys of a spec
+
+
 def _measure(module: str, function: str) -> Callable[..., list[float]]:
     """A function of a module that imports torch, imported when it is called."""
 
@@ -185,6 +188,8 @@ def values_of(prune: PruneSpec, matrices: Matrices) -> dict[str, float]:
     """
     values = {p.name: p.default for p in allocation_named(prune.allocation).parameters(matrices)}
     given = {"beta": prune.beta} if "beta" in values else {}
+    if prune.beta and not given:
+        raise UserError(f"prune.beta={prune.beta:g}: {prune.allocation} has no beta; leave it out")
     known = [name for name in values if name != "beta"]
     for name, value in prune.parameters.items():
         if name == "beta":
@@ -282,15 +287,15 @@ def allocate(
 
     `calibration` is batches of the modality, or for a plain model a list of input_ids or of keyword
     arguments; what measures no inputs goes without. `options` are the numbers of the allocation
-    (`lambda_` for lambda), and the spec's method and pause for an allocation that prunes to
-    measure. The model comes back bit for bit as it was. Warns where rates had to be clamped.
+    (`lambda_` for lambda), and method, pattern and pause of an allocation that prunes to measure.
+    The model comes back bit for bit as it was. Warns where rates had to be clamped.
     """
     from modalities.base import Modality
     from modalities.held import HeldModality
 
     if not 0 <= sparsity < 1:
         raise UserError(f"sparsity={sparsity:g} is not in [0, 1)")
-    keys = {k: v for k, v in options.items() if k in ("beta", "method", "pause")}
+    keys = {k: v for k, v in options.items() if k in _OPTIONS}
     numbers = {k.rstrip("_"): float(v) for k, v in options.items() if k not in keys}
     prune = PruneSpec(sparsity=sparsity, allocation=name, parameters=numbers, **keys)
     if allocation_named(name).needs_data and not calibration:

@@ -67,17 +67,20 @@ def _exact(
     rates: list[float], params: Sequence[int], mean: float, low: float, high: float
 ) -> list[float]:
     """What rounding, or slopes of zero, left open is shared out where there is room."""
-    for _ in range(len(rates) + 2):
-        missing = mean * sum(params) - math.fsum(r * p for r, p in zip(rates, params, strict=True))
-        free = [r < high if missing > 0 else r > low for r in rates]
+    target, before = mean * sum(params), math.inf
+    while True:
+        missing = target - math.fsum(r * p for r, p in zip(rates, params, strict=True))
+        free = [low < r < high for r in rates]
+        if not any(free):  # only then is one moved that was clamped
+            free = [r < high if missing > 0 else r > low for r in rates]
         room = sum(p for p, f in zip(params, free, strict=True) if f)
-        if abs(missing) <= 1e-12 * sum(params) or not room:
-            break
+        if not missing or not room or abs(missing) >= before:
+            return rates
+        before = abs(missing)
         rates = [
             min(high, max(low, r + missing / room)) if f else r
             for r, f in zip(rates, free, strict=True)
         ]
-    return rates
 
 
 def zeros_per_matrix(rates: Sequence[float], params: Sequence[int]) -> list[int]:

@@ -132,11 +132,13 @@ def free(matrices: Matrices, sparsity: float, values: Values, profile: Sequence[
 
 
 def free_parameters(matrices: Matrices) -> list[Parameter]:
-    """One number per block, 0 where its rate is S."""
-    return [
-        Parameter(f"block_{i}", 0.0, lambda matrices, sparsity: (-sparsity, 1 - sparsity))
-        for i in range(len(block_params(matrices)))
-    ]
+    """One number per block, 0 where its rate is S; the search keeps to half of the room."""
+
+    def bounds(matrices: Matrices, sparsity: float) -> tuple[float, float]:
+        room = min(sparsity, 1 - sparsity) / 2
+        return -room, room
+
+    return [Parameter(f"block_{i}", 0.0, bounds) for i in range(len(block_params(matrices)))]
 
 
 def er(matrices: Matrices, sparsity: float, values: Values, profile: Sequence[float]) -> Plan:

@@ -22,7 +22,7 @@ SAMPLES = 8
 
 
 def neuronal(modality: Modality, batches: Sequence[Batch], prune: PruneSpec) -> list[float]:
-    """The rates of the best lambda, pruned by the spec's method; a lambda out of range is skipped.
+    """The rates of the best lambda, pruned as the spec says; a lambda out of range is skipped.
 
     What moves is the relative error of a block's output against dense, averaged over the blocks.
     """
@@ -38,6 +38,7 @@ def neuronal(modality: Modality, batches: Sequence[Batch], prune: PruneSpec) -> 
             modality,
             rates,
             method=prune.method,
+            pattern=prune.pattern,
             pause_at=prune.pause,
             calibration=batches,
             evaluation=batches,

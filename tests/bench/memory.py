@@ -37,7 +37,8 @@ def main() -> None:
         f"calibration.samples={options.samples}",
         f"evaluation.selection_windows={options.windows}",
     ]
-    trial = search_trial(load_spec(options.spec, sizes), 0.004, -1)
+    spec = load_spec(options.spec, [*sizes, "prune.beta=0.004"])
+    trial = search_trial(spec, spec.prune, -1)
     keeping = trial.model_copy(update={"checkpoint": True})
     modality = loaded(trial.model)
     size = modality.model.get_input_embeddings().weight.element_size()  # type: ignore[operator]

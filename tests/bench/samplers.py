@@ -57,10 +57,16 @@ def regrets(sampler: str, seed: int) -> list[float]:
     """Regret after 6, 8, 10 and 12 trials, then that of the best of three after 8 and 12."""
     curve, noise = moved_curve(seed), np.random.default_rng(seed)
     history: list[tuple[float, float | None]] = []
-    for wave in range(WAVES):
-        betas = samplers.propose(
-            sampler=sampler, seed=seed, wave=wave, count=WAVE, low=-1, high=1, history=history
+    for _ in range(WAVES):
+        wave = samplers.propose(
+            sampler=sampler,
+            seed=seed,
+            wave=WAVE,
+            count=WAVE,
+            bounds={"tilt": (-1.0, 1.0)},
+            history=[({"tilt": tilt}, loss) for tilt, loss in history],
         )
+        betas = [values["tilt"] for values in wave]
         history += [(b, curve(b) + NOISE * noise.standard_normal()) for b in betas]
     least = min(curve(x) for x in np.linspace(-0.99, 0.99, 1000))
 

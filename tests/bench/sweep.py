@@ -39,7 +39,8 @@ def main() -> None:
         f"calibration.samples={options.samples}",
         f"evaluation.selection_windows={options.windows}",
     ]
-    trial = search_trial(load_spec(options.spec, sizes), 0.004, -1)
+    spec = load_spec(options.spec, [*sizes, "prune.beta=0.004"])
+    trial = search_trial(spec, spec.prune, -1)
     dense = trial.model_copy(update={"prune": trial.prune.model_copy(update={"sparsity": 0.0})})
     dense = dense.model_copy(update={"prune": dense.prune.model_copy(update={"beta": 0.0})})
     run_trial(trial)  # warm

@@ -69,6 +69,7 @@ def test_help_takes_less_than_a_second(cache: Path) -> None:
         ("prune.sparsity=1", "prune.sparsity=1: "),
         ("prune.sparsity", "'prune.sparsity' is not an override"),
         ("search.protocol=paper", "needs prune.pause='block'"),
+        ("prune.sparsity=0", "prunes nothing"),
     ],
 )
 def test_a_wrong_spec(spec: Path, cache: Path, override: str, message: str) -> None:

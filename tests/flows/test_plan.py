@@ -273,10 +273,11 @@ def test_a_grid_is_planned_in_its_full_length() -> None:
 
 
 def test_tokens_of_a_trial() -> None:
-    """32 windows of 512 calibrate and 32 are measured; curves have a dense copy ride along."""
+    """32 windows of 512 calibrate and 32 are measured; curves have a dense copy ride along, and
+    the measured ones pass the dense block too."""
     uniform, *_, last = final_wave(make_spec(), at(make_spec(), 0.01), {})
     assert token_passes(last) == 2 * 32 * 512
-    assert token_passes(uniform) == 3 * 32 * 512
+    assert token_passes(uniform) == 4 * 32 * 512
     twice = make_spec(prune={"pause": "block"})
     block = final_wave(twice, at(twice, 0.01), {})
     assert token_passes(block[-1]) == 3 * 32 * 512

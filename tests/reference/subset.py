@@ -13,8 +13,14 @@ ROWS = 8  # of SparseGPT's weights
 
 
 def main() -> None:
-    """Write pruning.npz beside this file."""
+    """Write pruning.npz and allocation.npz beside this file."""
     full = np.load(sys.argv[1])
+    published = [key for key in full if key.startswith(("owl_", "alphapruning_"))]
+    np.savez_compressed(
+        Path(__file__).with_name("allocation.npz"),
+        up=full["alloc_2_up"],
+        **{key: full[key] for key in published},
+    )
     weight, hessian = full["wide_weight"], full["wide_sparsegpt_hessian"]
     kept = {
         "weight": weight,

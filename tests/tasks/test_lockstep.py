@@ -6,7 +6,7 @@ python -m pytest tests/tasks/test_lockstep.py
 import gc
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -39,6 +39,22 @@ def test_states_above_the_limit_wait_in_host_memory() -> None:
         results = drive(lockstep, runs, again=True)
     with torch.no_grad():
         assert all(torch.equal(y, model(x)) for x, y in zip(inputs, results, strict=True))
+
+
+def test_a_used_pass_is_forgotten_while_the_run_waits() -> None:
+    """It holds the last inputs that it watched, of every batch."""
+
+    class Watch(nullcontext[None]):
+        pass
+
+    model = Model()
+    with torch.no_grad(), Lockstep(model.named()) as lockstep:
+        run = lockstep.start(lambda: model(torch.randn(2, WIDTH)))
+        watch = Watch()
+        alive = weakref.ref(watch)
+        run.resume(Pass(watch, again=True))
+        del watch
+        assert alive() is None
 
 
 class Skipping(Model):

@@ -18,8 +18,18 @@ from tasks.gradients import matrix_gradients
 from tasks.pruning import METHODS, prune_in_place
 from tasks.pruning.inputs import InputStatistics
 from tasks.pruning.patterns import Budget
-from tasks.sweep import Outcome, sweep
-from tests.tasks.sweeps import PAUSES, TILTED, Batches, Loaded, kept, plain, rates_of, weights
+from tasks.sweep import Outcome
+from tests.tasks.sweeps import (
+    PAUSES,
+    TILTED,
+    Batches,
+    Loaded,
+    kept,
+    plain,
+    rates_of,
+    sweep,
+    weights,
+)
 
 
 def swept(

@@ -157,6 +157,16 @@ def test_more_passes_cost_more_tokens(loaded: Loaded, batches: Batches) -> None:
             evaluation=evaluation,
         )
         assert outcome.token_passes == passes * seen + measured
+    riding = sweep(
+        modality,
+        TILTED,
+        method="wanda",
+        pause_at="linear",
+        calibration=calibration,
+        evaluation=evaluation,
+        dense=True,
+    )
+    assert riding.token_passes == seen + 3 * measured  # dense, dense on the pruned input, pruned
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
