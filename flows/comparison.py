@@ -30,6 +30,7 @@ Row = dict[str, Any]
 
 COLUMNS = ["model", "sparsity", "method", "allocation", "rates", "perplexity", "bits per byte"]
 COLUMNS += ["loss / dense", "gain, nats/token", "95 % interval", "search cost", "outcome"]
+NARROW = {"method", "allocation", "rates", "perplexity", "gain, nats/token", "outcome"}
 
 
 def write_comparison(folder: Path) -> Comparison:
@@ -68,13 +69,15 @@ def print_comparison(comparison: Comparison, run: str) -> None:
     rows = comparison["rows"]
     for model, sparsity in dict.fromkeys((row["model"], row["sparsity"]) for row in rows):
         table = Table(title=f"{model} at {100 * sparsity:g} % sparsity", title_justify="left")
-        for column in COLUMNS[2:]:
+        shown = [c for c in COLUMNS[2:] if c in NARROW or console.width >= 150]
+        for column in shown:
             left = column in COLUMNS[:5] or column == COLUMNS[-1]
             table.add_column(column, justify="left" if left else "right", no_wrap=True)
         for row in rows:
             if (row["model"], row["sparsity"]) == (model, sparsity):
                 outcome = row["verdict"] if row["state"] == "complete" else row["state"]
-                table.add_row(*_words(row)[2:-1], outcome)
+                words = dict(zip(COLUMNS, _words(row), strict=True)) | {"outcome": outcome}
+                table.add_row(*(words[column] for column in shown))
         console.print(table)
     for row in rows:
         if row["cause"]:
@@ -92,7 +95,7 @@ def _words(row: Row) -> list[str]:
     gain = row["gain"]
     return [
         *words,
-        row["label"],
+        row["label"].removeprefix(row["allocation"]).strip(),
         *(
             plus_minus(row[key]["mean"], row[key]["stderr"])
             for key in ("perplexity", "bits_per_byte", "relative_loss")

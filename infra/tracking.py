@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-POLL_S = 1.0
-SLOWEST_POLL_S = 30.0  # while the server does not answer
+POLL_S, SLOWEST_POLL_S = 1.0, 30.0  # the latter while the server does not answer
 GIVE_UP_S = 60.0  # after the driver has gone and the server does not answer
 TAG_RUN, TAG_TRIAL, TAG_REPORT = "sparseramp.run", "sparseramp.trial", "sparseramp.report"
 PARENT = "search"  # TAG_TRIAL of the parent run
@@ -86,7 +85,7 @@ def sync(run_dir: str | Path) -> int:
     """
     store = RunStore.read(run_dir)
     if store.spec.tracking.enabled:
-        with _lock(store, wait=False) as mine:
+        with _lock(store.path("tracking.lock"), wait=False) as mine:
             if mine:
                 _follow(store, until_pid=0, give_up_s=0)
     return pending(run_dir)
@@ -99,7 +98,8 @@ class _Mirror:
         from mlflow import MlflowClient
 
         self.store = store
-        self.client: MlflowClient = MlflowClient(tracking_uri=_uri(store))
+        with _lock(store.dir.parent / "mlflow.lock"):  # two that make one database break it
+            self.client: MlflowClient = MlflowClient(tracking_uri=_uri(store))
         self.experiment = self._experiment()
         self.runs = self._list()
         self.pushed = {
@@ -305,9 +305,9 @@ def _alive(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def _lock(store: RunStore, wait: bool) -> Iterator[bool]:
+def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
     """One mirror per run; a resumed search's waits for that of the killed one."""
-    with store.path("tracking.lock").open("ab") as file:
+    with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             mine = True
@@ -339,7 +339,7 @@ def main() -> int:
     args = parser.parse_args()
     os.nice(19)
     store = RunStore.read(args.run_dir)
-    with _lock(store, wait=True):
+    with _lock(store.path("tracking.lock")):
         if _follow(store, args.until_pid):
             return 0
     print(f"gave up after {GIVE_UP_S:.0f} s: {pending(args.run_dir)} trials are left to push")
