@@ -83,8 +83,9 @@ class _Lines:
         self.file = console.file
 
     def event(self, event: Event) -> None:
-        """One JSON object on one line, at once."""
-        print(json.dumps(event), file=self.file, flush=True)
+        """One JSON object on one line, at once; what an earlier call told is not told again."""
+        if not event.get("earlier"):
+            print(json.dumps(event), file=self.file, flush=True)
 
 
 class Board:
@@ -115,17 +116,19 @@ class Board:
 
     def _trial(self, event: Event) -> None:
         self.trials += 1
+        self.failed += event["state"] == "failed"
+        if event["stage"] == "search" and event["state"] == "complete":
+            self.found.setdefault(event["rung"], {})[event["label"]] = event
+        if event.get("earlier"):
+            return
         self.done += event["token_passes"]
         self.measured = self.clock()
         line = f"trial {event['number']:>3}  {event['stage']:<6}  rung {event['rung']}"
         line += f"  {event['label']:<13}  tilt {event['tilt']:>5.2f}  "
         if event["state"] == "failed":
-            self.failed += 1
             self.console.print(Text(f"{line}failed: {event['cause']}", style="red"))
             return
         self.console.print(Text(f"{line}loss {event['loss']:.4f}  {duration(event['seconds'])}"))
-        if event["stage"] == "search":
-            self.found.setdefault(event["rung"], {})[event["label"]] = event
 
     def time_left(self) -> float | None:
         """Seconds that the planned token passes still take at this session's rate."""

@@ -25,7 +25,7 @@ from infra.records import ModelRecord, TrialResult
 from infra.specs import Spec
 from infra.store import RunStore, write_atomic
 from tasks.allocation import bounds_of
-from tasks.model_card import settings
+from tasks.model_card import settings, short
 from tasks.statistics import (
     Difference,
     bits_per_byte,
@@ -285,6 +285,7 @@ def render(report: Report) -> str:
     )
     environment.filters |= {
         "estimate": _estimate,
+        "short": short,
         "three_digits": three_digits,
         "percent": _percent,
         "duration": duration,
