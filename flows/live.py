@@ -5,7 +5,8 @@
         view.event(trial_event(result))
 
 Events are the dictionaries that go to events.jsonl. Kinds: started, model, wave, trial, climb,
-final, report, finished, stopped. `total` counts token passes, the unit in which work is known
+final, checkpoint (it is made again), report, finished, stopped, and storage (Optuna's cannot be
+written, or can again). `total` counts token passes, the unit in which work is known
 beforehand; any event may correct it with `planned`, and one of a resumed run says with `done` how
 many earlier drivers have behind them.
 """
@@ -111,6 +112,9 @@ class Board:
             self.earlier = event["done"]
         if event["kind"] == "trial":
             self._trial(event)
+        elif event["kind"] == "storage":
+            text = event["problem"] or "the Optuna storage can be written again"
+            self.console.print(Text(f"{text} ({event['untold']} trials untold)", style="yellow"))
         else:
             self.stage = _stage(event)
 
@@ -199,6 +203,8 @@ def _stage(event: Event) -> str:
             return f"climbing to rung {event.get('rung', '?')}"
         case "final":
             return "final comparison on the report text"
+        case "checkpoint":
+            return "making the checkpoint again"
         case "report":
             return "writing the report"
         case kind:

@@ -23,10 +23,10 @@ from flows.plan import (
 from flows.report import Report, write_report
 from infra import tracking
 from infra.checkpoints import inspect_checkpoint
-from infra.cluster import Cluster, connect
+from infra.cluster import Cluster, LostCheckpointError, connect
 from infra.documents import corpus_sha256, documents
 from infra.errors import UserError
-from infra.records import ModelRecord, TrialSpec
+from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import StudyMirror
 from infra.sources import fetch, pinned
 from infra.specs import MISSING_SOURCE, Spec
@@ -72,6 +72,7 @@ def _run(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
         finally:
             if run.studies is not None:
                 run.studies.close()
+                run.tell_storage(last=True)
         run.tell("finished", report=str(store.path("report.html")))
     return report
 
@@ -83,9 +84,13 @@ class _Run:
         self.store, self.spec, self.cluster, self.view = store, spec, cluster, view
         self.results = store.results()
         self.studies: StudyMirror | None = None
+        self.storage_problem = ""
 
     def go(self, plan: Planner) -> Report:
-        """Wave after wave until the plan is empty, then the checkpoint and the report."""
+        """Wave after wave until the plan is empty, then the checkpoint and the report.
+
+        Raises UserError where there is no checkpoint in the end; the report is written before.
+        """
         done = sum(token_passes(result.spec) for result in self.results.values())
         self.tell("started", done=done, cluster=self.cluster.describe())
         if waves := self.store.waves():  # the revisions that its first trial read
@@ -110,17 +115,29 @@ class _Run:
         while wave := plan(self.spec, model, self.results):
             self.store.write_wave(len(self.store.waves()), wave)
             self._finish(wave, model)
-        self._publish()
+        problem = self._publish(model)
         self.tell("report")
-        report = write_report(self.store.dir)
-        if self.store.path("best").is_dir():  # unless its trial failed
-            write_atomic(self.store.path("best/README.md"), model_card(report).encode())
+        try:
+            report = write_report(self.store.dir)
+        except UserError as error:  # the failed trial was the only one of its kind
+            raise UserError(problem or str(error)) from error
+        if problem:
+            raise UserError(problem)
+        write_atomic(self.store.path("best/README.md"), model_card(report).encode())
         return report
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Into events.jsonl and to whoever watches."""
         self.store.event(kind, **fields)
         self.view.event({"kind": kind, **fields})
+
+    def tell_storage(self, last: bool = False) -> None:
+        """That Optuna's storage cannot be written, which stops nothing; at the end once more."""
+        assert self.studies is not None
+        problem = self.studies.problem
+        if problem != self.storage_problem or (problem and last):
+            self.tell("storage", problem=problem, untold=self.studies.untold)
+        self.storage_problem = problem
 
     def _describe(self) -> ModelRecord:
         trials = kinds_of_trial(self.spec)
@@ -154,31 +171,46 @@ class _Run:
         candidates = [trial.prune.label for trial in wave]
         self.tell(kind, rung=wave[0].rung, candidates=candidates, planned=planned)
         for result in self.cluster.run(run_trial, missing):
-            if result.state == "complete" and result.weights_sha256 != model.sha256:
-                raise UserError(
-                    f"{self.spec.model.source} on {result.host} holds other weights than this run "
-                    "began with: restore them or choose another run.dir"
-                )
-            self.store.write_result(result)
-            self.results[result.spec.number] = result
-            if self.studies is not None:
-                self.studies.record(result)
-            event = trial_event(result)
-            self.tell(event.pop("kind"), **event)
+            self._take(result, model)
         self.results = dict(sorted(self.results.items()))
 
-    def _publish(self) -> None:
-        """Bring the best checkpoint into the run directory, once."""
+    def _take(self, result: TrialResult, model: ModelRecord) -> None:
+        if result.state == "complete" and result.weights_sha256 != model.sha256:
+            raise UserError(
+                f"{self.spec.model.source} on {result.host} holds other weights than this run "
+                "began with: restore them or choose another run.dir"
+            )
+        self.store.write_result(result)
+        self.results[result.spec.number] = result
+        if self.studies is not None:
+            self.studies.record(result)
+            self.tell_storage()
+        event = trial_event(result)
+        self.tell(event.pop("kind"), **event)
+
+    def _publish(self, model: ModelRecord) -> str:
+        """Bring the best checkpoint into the run directory, once; why there is none in the end."""
         best = self.store.path("best")
         saved = next(r for r in self.results.values() if r.spec.checkpoint)
-        if best.exists() or saved.state == "failed":
-            return
-        try:
-            self.cluster.fetch(saved, best)
-        except OSError:  # its node is gone, or the folder was cleaned up or damaged: make it again
-            (again,) = self.cluster.run(run_trial, [saved.spec])
-            if again.state == "complete":
-                self.cluster.fetch(again, best)
+        if best.exists():
+            return ""
+        cause = ""
+        for attempt in (1, 2):
+            if saved.state == "failed":
+                cause = f"trial {saved.spec.number} failed, {saved.cause}"
+                break
+            try:
+                self.cluster.fetch(saved, best)
+                return ""
+            except OSError as error:
+                cause = error.strerror or str(error)
+                if attempt == 2 or not isinstance(error, LostCheckpointError):
+                    break
+            self.tell("checkpoint", problem=cause)
+            (saved,) = self.cluster.run(run_trial, [saved.spec])
+            if saved.state == "complete":
+                self._take(saved, model)
+        return f"no checkpoint in {best}: {cause}; results are kept, the same command tries again"
 
 
 def pin(spec: Spec) -> Spec:

@@ -202,7 +202,9 @@ class Spec(Frozen):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides results; the rest may change between start and resume."""
-        return self.model_dump(exclude={"cluster", "tracking", "run"})
+        return self.model_dump(
+            exclude={"cluster": True, "tracking": True, "run": True, "search": {"storage"}}
+        )
 
 
 def load_spec(path: str | Path, overrides: list[str] | None = None) -> Spec:

@@ -4,7 +4,7 @@
 
 The server may be down, slow or absent: files are the truth, what is missing there is pushed when it
 is back, and a run is looked for by its tags before it is created, so that nothing is there twice.
-This is the only module that imports mlflow, and only in that process or in `sync`.
+This is the only module that imports mlflow, and only in that process.
 """
 
 from __future__ import annotations
@@ -75,19 +75,6 @@ def pending(run_dir: str | Path) -> int:
     state = json.loads(path.read_bytes()) if path.exists() else {}
     pushed = state["trials"] if state.get("uri") == _uri(store) else []
     return len(set(store.numbers()) - set(pushed))
-
-
-def sync(run_dir: str | Path) -> int:
-    """Push what is missing, now and here; how many trials could not be pushed.
-
-    Leaves the work to a mirror that is at it already.
-    """
-    store = RunStore.read(run_dir)
-    if store.spec.tracking.enabled:
-        with _lock(store, wait=False) as mine:
-            if mine:
-                _follow(store, until_pid=0, give_up_s=0)
-    return pending(run_dir)
 
 
 class _Mirror:
@@ -207,7 +194,7 @@ class _Mirror:
             "block_error": [error.relative for error in result.errors],
         }
         if result.state == "complete":
-            metrics |= {"loss": result.loss, "perplexity": math.exp(result.loss)}
+            metrics |= {"loss": result.loss, "perplexity": result.perplexity}
         self._log(run, end, _flat(spec.model_dump(exclude={"profile"})), metrics)
         # Last, because a run that has ended counts as pushed.
         status = "FINISHED" if result.state == "complete" else "FAILED"
@@ -225,7 +212,7 @@ class _Mirror:
         report = json.loads(data)
         metrics = _flat(report.get("gain", {}), "gain.")
         for row in ("dense", "uniform", "best"):
-            measured = report.get(row, {})
+            measured = report.get(row) or {}  # no dense model was measured
             metrics |= {f"{row}.{k}": v["mean"] for k, v in measured.pop("metrics", {}).items()}
             metrics |= {f"{row}.{k}": measured.get(k) for k in ("beta", "tilt", "sparsity")}
         self._log(self.parent, path.stat().st_mtime_ns // 1_000_000, {}, metrics)
@@ -303,15 +290,11 @@ def _alive(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def _lock(store: RunStore, wait: bool) -> Iterator[bool]:
+def _lock(store: RunStore) -> Iterator[None]:
     """One mirror per run; a resumed search's waits for that of the killed one."""
     with store.path("tracking.lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            mine = True
-        except BlockingIOError:
-            mine = False
-        yield mine
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _uri(store: RunStore) -> str:
@@ -337,7 +320,7 @@ def main() -> int:
     args = parser.parse_args()
     os.nice(19)
     store = RunStore.read(args.run_dir)
-    with _lock(store, wait=True):
+    with _lock(store):
         if _follow(store, args.until_pid):
             return 0
     print(

@@ -91,6 +91,7 @@ def settings(spec: Mapping[str, Any]) -> str:
         f"{section}.{key} = {json.dumps(value)}"
         for section in ("model", "data", "prune", "calibration", "evaluation", "search")
         for key, value in spec[section].items()
+        if (section, key) != ("search", "storage")  # a view, whose URL may hold a password
     )
 
 
@@ -103,9 +104,10 @@ def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]
             dataset_type=_hub_id(texts["report"]) or "text",
             dataset_name=short(texts["report"]),
             metric_type=metric,
-            metric_value=report["best"]["metrics"][metric]["mean"],
+            metric_value=value,
         )
         for metric in ("perplexity", "bits_per_byte")
+        if (value := report["best"]["metrics"][metric]["mean"]) is not None
     ]
     return ModelCardData(
         base_model=_hub_id(report["spec"]["model"]["source"]),
