@@ -63,6 +63,8 @@ def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -
 def _spec(checkpoint: Path, overrides: list[str]) -> Spec:
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is no checkpoint folder: give the best/ of a run")
+    if (checkpoint / "best").is_dir():
+        raise UserError(f"{checkpoint} is a run: give {checkpoint / 'best'}")
     raw: dict[str, Any] = {}
     facts = checkpoint / SPARSITY_FILE
     if facts.is_file():

@@ -48,6 +48,8 @@ def save_checkpoint(
         folder.mkdir(parents=True)
         modality.save(folder)
         _verify(modality, folder, outcome, evaluation[0])
+        for file in folder.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone
         hashes = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
         facts = {
             "version": 1,

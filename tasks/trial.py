@@ -114,7 +114,7 @@ def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> Mo
     first = trials[0]
     method_named(first.prune.method)
     modality = loaded(first.model)
-    for trial in trials:
+    for trial in reversed(trials):  # what asks for most text is refused first, with its full size
         rates = check_rates(trial.prune, modality.matrices())
         refuse_unfit(modality, rates, method=trial.prune.method, pattern=trial.prune.pattern)
         modality.calibration_batches(trial.data, trial.calibration)
