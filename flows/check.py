@@ -9,6 +9,7 @@ loss is compared with a plain loop's. Nothing is pruned.
 from __future__ import annotations
 
 import json
+import math
 from itertools import groupby
 from typing import Any
 
@@ -107,7 +108,7 @@ def _print(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> None:
         **answer["sources"],
         "dense loss": f"{model.dense_loss:.4f} nats/token, equal to a plain loop's",
         "allocation": f"{spec.prune.allocation} at {100 * spec.prune.sparsity:g} % sparsity",
-        **{name: f"{low:.5f} to {high:.5f}" for name, (low, high) in answer["numbers"].items()},
+        **{name: _inside(*bounds) for name, bounds in answer["numbers"].items()},
         "rungs": f"{rungs} (calibration + selection windows)",
         "time": f"about {duration(answer['seconds'])} for {answer['token_passes']:,} token passes",
         "memory": f"about {answer['memory_bytes'] / 2**20:,.0f} MiB per trial beside the mapped "
@@ -121,6 +122,12 @@ def _print(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> None:
     for name, value in lines.items():
         facts.add_row(name, value)
     console.print(facts)
+
+
+def _inside(low: float, high: float) -> str:
+    """An open interval, rounded inwards."""
+    low, high = (math.copysign(math.ceil(abs(x) * 1e5 - 1e-6) - 1, x) / 1e5 for x in (low, high))
+    return f"{low:.5f} to {high:.5f}"
 
 
 def _folded(matrices: list[list[Any]]) -> list[tuple[str, str]]:

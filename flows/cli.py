@@ -84,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
 def _search(options: argparse.Namespace) -> None:
     from infra.specs import load_spec
 
-    spec = load_spec(options.spec, options.overrides)
+    suffix = "" if options.name == "search" else f"-{options.name}"  # each keeps its own run
+    spec = load_spec(options.spec, options.overrides, run_suffix=suffix)
     from flows import search
 
     run = search.prune if options.name == "prune" else search.search

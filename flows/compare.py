@@ -110,6 +110,7 @@ class _Shared:
             model = store.model()
             waves = store.waves()
             reported = store.path("report.json").exists()
+            saved = store.path("best").exists() or not cell.spec.compare.checkpoints
         self.known += [result for result in results if result.state == "complete"]
         if model is not None and waves:
             first = waves[0][0]  # later cells read the revisions that this one read
@@ -118,7 +119,7 @@ class _Shared:
             self._models.setdefault(first.model.source, model)
             self._profiles.setdefault(_measurement(pinned), model.profile)
         lost = any(r.state == "failed" and r.spec.stage == "final" for r in results)
-        return reported and not lost
+        return reported and saved and not lost
 
     def pin(self, cells: list[Cell]) -> None:
         """Resolve every model once; raises UserError where none of them can be read."""

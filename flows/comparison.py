@@ -160,7 +160,7 @@ def _unfinished(store: RunStore) -> Row:
     failed = [r for r in store.results().values() if r.state == "failed"]
     finals = [r for r in failed if r.spec.stage == "final"]
     last = store.events()[-1]
-    if last["event"] != "stopped" or last["cause"] not in ("UserError", "WorkerError"):
+    if last["event"] != "stopped" or last["cause"] != "UserError":
         return {"state": "unfinished", "cause": "the same command goes on"}
     if finals:
         return {"state": "failed", "cause": f"{finals[-1].spec.prune.label}: {finals[-1].cause}"}

@@ -24,19 +24,23 @@ def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -
     from tasks.trial import run_trial
 
     spec = _spec(checkpoint, overrides)
-    result = run_trial(
-        TrialSpec(
-            number=0,
-            stage="final",
-            model=spec.model,
-            data=spec.data,
-            calibration=spec.calibration,
-            prune=spec.prune,
-            split="report",
-            windows=spec.evaluation.report_windows,
-            context=spec.evaluation.context,
-        )
+    trial = TrialSpec(
+        number=0,
+        stage="final",
+        model=spec.model,
+        data=spec.data,
+        calibration=spec.calibration,
+        prune=spec.prune,
+        split="report",
+        windows=spec.evaluation.report_windows,
+        context=spec.evaluation.context,
     )
+    try:
+        result = run_trial(trial)
+    except RuntimeError as error:
+        from infra.cluster.worker import describe_error  # with Ray, which takes a second
+
+        raise UserError(f"{checkpoint} cannot be measured: {describe_error(error)}") from error
     metrics = {
         "perplexity": perplexity([result.losses], result.tokens),
         "bits_per_byte": bits_per_byte([result.losses], result.tokens, result.bytes),
@@ -59,18 +63,36 @@ def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -
 def _spec(checkpoint: Path, overrides: list[str]) -> Spec:
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is no checkpoint folder: give the best/ of a run")
+    if (checkpoint / "best").is_dir():
+        raise UserError(f"{checkpoint} is a run: give {checkpoint / 'best'}")
     raw: dict[str, Any] = {}
     facts = checkpoint / SPARSITY_FILE
     if facts.is_file():
-        saved = json.loads(facts.read_text(encoding="utf-8"))
-        raw = {"data": saved["data"], "evaluation": saved["evaluation"]}
-        raw["model"] = {"dtype": saved["dtype"]}
+        raw = _saved(facts)
         if any(override.startswith(("data.source=", "data.report=")) for override in overrides):
             raw["data"] |= {"source": "", "calibration": "", "selection": "", "report": ""}
     apply_overrides(raw, overrides)
-    raw.setdefault("model", {})["source"] = str(checkpoint)
-    raw.setdefault("prune", {})["sparsity"] = 0.0
+    for section in ("model", "prune"):
+        if not isinstance(raw.setdefault(section, {}), dict):
+            raise UserError(f"{section}={raw[section]!r} is no section: write {section}.key=value")
+    raw["model"]["source"] = str(checkpoint)
+    raw["prune"]["sparsity"] = 0.0
     raw["calibration"] = {"samples": 1, "length": 8}  # nothing is pruned: whatever there is will do
     if "data" not in raw:
         raise UserError(f"{checkpoint} has no {SPARSITY_FILE}: add data.source=... to the command")
     return parse_spec(raw, str(checkpoint))
+
+
+def _saved(facts: Path) -> dict[str, Any]:
+    """The part of a spec that a checkpoint remembers."""
+    try:
+        saved = json.loads(facts.read_text(encoding="utf-8"))
+        sections = {name: dict(saved[name]) for name in ("data", "evaluation")}
+        return sections | {"model": {"dtype": saved["dtype"]}}
+    except OSError as error:
+        raise UserError(f"{facts} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{facts} is damaged ({type(error).__name__}: {error}): restore it, or remove it and "
+            "add data.source=... to the command"
+        ) from None

@@ -5,7 +5,8 @@
         view.event(trial_event(result))
 
 Events are the dictionaries that go to events.jsonl. Kinds: started, model, wave, trial, climb,
-final, report, finished, stopped. `total` counts token passes, the unit in which work is known
+final, checkpoint (it is made again), report, finished, stopped, and storage (Optuna's cannot be
+written, or can again). `total` counts token passes, the unit in which work is known
 beforehand; any event may correct it with `planned`, and one of a resumed run says with `done` how
 many earlier drivers have behind them.
 """
@@ -83,8 +84,9 @@ class _Lines:
         self.file = console.file
 
     def event(self, event: Event) -> None:
-        """One JSON object on one line, at once."""
-        print(json.dumps(event), file=self.file, flush=True)
+        """One JSON object on one line, at once; what an earlier call told is not told again."""
+        if not event.get("earlier"):
+            print(json.dumps(event), file=self.file, flush=True)
 
 
 class Board:
@@ -110,22 +112,27 @@ class Board:
             self.earlier = event["done"]
         if event["kind"] == "trial":
             self._trial(event)
+        elif event["kind"] == "storage":
+            text = event["problem"] or "the Optuna storage can be written again"
+            self.console.print(Text(f"{text} ({event['untold']} trials untold)", style="yellow"))
         else:
             self.stage = _stage(event)
 
     def _trial(self, event: Event) -> None:
         self.trials += 1
+        self.failed += event["state"] == "failed"
+        if event["stage"] == "search" and event["state"] == "complete":
+            self.found.setdefault(event["rung"], {})[event["label"]] = event
+        if event.get("earlier"):
+            return
         self.done += event["token_passes"]
         self.measured = self.clock()
         line = f"trial {event['number']:>3}  {event['stage']:<6}  rung {event['rung']}"
         line += f"  {event['label']:<13}  tilt {event['tilt']:>5.2f}  "
         if event["state"] == "failed":
-            self.failed += 1
             self.console.print(Text(f"{line}failed: {event['cause']}", style="red"))
             return
         self.console.print(Text(f"{line}loss {event['loss']:.4f}  {duration(event['seconds'])}"))
-        if event["stage"] == "search":
-            self.found.setdefault(event["rung"], {})[event["label"]] = event
 
     def time_left(self) -> float | None:
         """Seconds that the planned token passes still take at this session's rate."""
@@ -196,6 +203,8 @@ def _stage(event: Event) -> str:
             return f"climbing to rung {event.get('rung', '?')}"
         case "final":
             return "final comparison on the report text"
+        case "checkpoint":
+            return "making the checkpoint again"
         case "report":
             return "writing the report"
         case kind:

@@ -7,7 +7,6 @@ needs no network.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -21,11 +20,11 @@ from flows.explanation import Verdict, damage_rates, explain
 from flows.figures import COLOURS, figures, relative_part
 from flows.live import duration
 from infra.errors import UserError
-from infra.records import ModelRecord, TrialResult
+from infra.records import ModelRecord, TrialResult, finite_exp
 from infra.specs import Spec
 from infra.store import RunStore, write_atomic
 from tasks.allocation import bounds_of
-from tasks.model_card import settings
+from tasks.model_card import settings, short
 from tasks.statistics import (
     Difference,
     bits_per_byte,
@@ -100,9 +99,9 @@ def build_report(
             "perplexity": {
                 "uniform": sides["uniform"]["metrics"]["perplexity"]["mean"],
                 "best": sides["best"]["metrics"]["perplexity"]["mean"],
-                "ratio": math.exp(-gain.mean),
-                "ratio_low": math.exp(-gain.high),
-                "ratio_high": math.exp(-gain.low),
+                "ratio": finite_exp(-gain.mean),
+                "ratio_low": finite_exp(-gain.high),
+                "ratio_high": finite_exp(-gain.low),
             },
             "verdict": "gain" if gain.low > 0 else "no gain",
         },
@@ -297,6 +296,7 @@ def page(template: str, **values: Any) -> str:
     )
     environment.filters |= {
         "estimate": _estimate,
+        "short": short,
         "three_digits": three_digits,
         "percent": _percent,
         "duration": duration,

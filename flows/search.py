@@ -25,7 +25,7 @@ from flows.report import Report, write_report
 from flows.study import drive
 from infra import tracking
 from infra.checkpoints import inspect_checkpoint
-from infra.cluster import Cluster, connect
+from infra.cluster import Cluster, LostCheckpointError, connect
 from infra.documents import corpus_sha256, documents
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult, TrialSpec
@@ -99,6 +99,8 @@ class Run:
         self._studies: StudyMirror | None = None
         self._out: set[int] = set()  # numbers of trials that were offered and have not ended
         self._again: TrialResult | None = None  # of a trial whose checkpoint was lost
+        self._problem = ""  # why there is no checkpoint in the end
+        self._storage_problem = ""
 
     def trials(self) -> Iterator[TrialSpec | None]:
         """The trials that are still to be run, in order; None while others must end first.
@@ -133,19 +135,29 @@ class Run:
             )
         if number in self.results and self.results[number].state == "complete":
             self._again = result
-            return
+            if not complete:  # what was measured still stands
+                return
         self.store.write_result(result)
         self.results[number] = result
         if self._studies is not None:
             self._studies.record(result)
+            self._tell_storage(self._studies)
         event = trial_event(result)
         self.tell(event.pop("kind"), **event)
 
     def finish(self) -> None:
-        """The report and the model card, when no trial is left."""
+        """The report and the model card, when no trial is left.
+
+        Raises UserError where there is no checkpoint in the end; the report is written before.
+        """
         self.tell("report")
-        self.report = write_report(self.store.dir)
-        if self.store.path("best").is_dir():  # unless its trial failed
+        try:
+            self.report = write_report(self.store.dir)
+        except UserError as error:  # the failed trial was the only one of its kind
+            raise UserError(self._problem or str(error)) from error
+        if self._problem:
+            raise UserError(self._problem)
+        if self.store.path("best").is_dir():  # unless none was asked for
             card = model_card(self.report).encode()
             write_atomic(self.store.path("best/README.md"), card)
         self.close()
@@ -160,12 +172,20 @@ class Run:
         """Let Optuna's thread end."""
         if self._studies is not None:
             self._studies.close()
+            self._tell_storage(self._studies, last=True)
             self._studies = None
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Into events.jsonl and to whoever watches."""
         self.store.event(kind, **fields)
         self.view.event({"kind": kind, **fields})
+
+    def _tell_storage(self, studies: StudyMirror, last: bool = False) -> None:
+        """That Optuna's storage cannot be written, which stops nothing; at the end once more."""
+        problem = studies.problem
+        if problem != self._storage_problem or (problem and last):
+            self.tell("storage", problem=problem, untold=studies.untold)
+        self._storage_problem = problem
 
     def _begin(self) -> ModelRecord:
         """Check that model and text are those that the run began with."""
@@ -220,20 +240,32 @@ class Run:
         self.tell(kind, rung=wave[0].rung, candidates=candidates, planned=planned)
 
     def _publish(self) -> Iterator[TrialSpec | None]:
-        """Bring the best checkpoint into the run directory, once."""
+        """Bring the best checkpoint into the run directory, once; a lost one is made again."""
         best = self.store.path("best")
         saved = next((r for r in self.results.values() if r.spec.checkpoint), None)
-        if saved is None or best.exists() or saved.state == "failed":
+        if saved is None or best.exists():
             return
-        try:
-            self.cluster.fetch(saved, best)
-        except OSError:  # its node is gone, or the folder was cleaned up or damaged: make it again
+        cause = ""
+        for attempt in (1, 2):
+            if saved.state == "failed":
+                cause = f"trial {saved.spec.number} failed, {saved.cause}"
+                break
+            try:
+                self.cluster.fetch(saved, best)
+                return
+            except OSError as error:
+                cause = error.strerror or str(error)
+                if attempt == 2 or not isinstance(error, LostCheckpointError):
+                    break
+            self.tell("checkpoint", problem=cause)
             self._out.add(saved.spec.number)
             yield saved.spec
             while self._out:
                 yield None
-            if self._again is not None and self._again.state == "complete":
-                self.cluster.fetch(self._again, best)
+            saved = self._again or saved
+        self._problem = (
+            f"no checkpoint in {best}: {cause}; results are kept, the same command tries again"
+        )
 
 
 def pin(spec: Spec) -> Spec:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from infra.cluster import Cluster
-from infra.errors import UserError, WorkerError
+from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
 from tasks.trial import run_trial
 
@@ -96,7 +96,7 @@ class _Study:
                     return trial
             run.finish()
             del self.going[run]
-        except (UserError, WorkerError) as error:
+        except UserError as error:
             self._end(run, error)
         return None
 

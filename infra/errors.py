@@ -14,10 +14,6 @@ class UserError(Exception):
     """What is wrong, where, and what to do about it, on one line."""
 
 
-class WorkerError(RuntimeError):
-    """A function that the driver called in a worker raised something that is no UserError."""
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, else all of them."""
     names = sorted(known)

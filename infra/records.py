@@ -6,6 +6,7 @@ They are plain data, so that the driver, a Ray worker and a reader of the files 
 without importing torch.
 """
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -13,6 +14,12 @@ from pydantic import Field
 from infra.specs import CalibrationSpec, DataSpec, Frozen, ModelSpec, PruneSpec
 
 Split = Literal["selection", "report"]
+LARGEST_EXPONENT = 700.0  # exp of it is 1e304; little more, and it is no number
+
+
+def finite_exp(value: float) -> float | None:
+    """exp; None where that is too large to be written down, which JSON has no other word for."""
+    return math.exp(value) if value <= LARGEST_EXPONENT else None
 
 
 class MatrixRecord(Frozen):
@@ -144,3 +151,8 @@ class TrialResult(Frozen):
     def loss(self) -> float:
         """Mean nats per token over all windows."""
         return sum(x * n for x, n in zip(self.losses, self.tokens, strict=True)) / sum(self.tokens)
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp of the loss; None where that is too large for a number."""
+        return finite_exp(self.loss)

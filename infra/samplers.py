@@ -10,7 +10,6 @@ would have. This is the only module that imports optuna, and only when it is use
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -273,6 +272,11 @@ class StudyMirror:
         """Tell whatever search trials the storage lacks, in the given order."""
         self._thread.submit(self._tell, [r for r in results if r.spec.stage == "search"])
 
+    @property
+    def untold(self) -> int:
+        """How many trials the storage lacks at the moment."""
+        return len(self._waiting)
+
     def close(self) -> int:
         """Try once more; how many trials remain untold."""
         left = self._thread.submit(self._tell, [], last=True).result()
@@ -306,8 +310,8 @@ class StudyMirror:
             return
         attrs = {"number": result.spec.number, "tilt": result.tilt}
         loss = result.loss if result.state == "complete" else None
-        if loss is not None:
-            attrs["perplexity"] = math.exp(loss)
+        if loss is not None and (perplexity := result.perplexity) is not None:
+            attrs["perplexity"] = perplexity
         numbers = {name: result.numbers.get(name, 0.0) for name in self._bounds}
         study.add_trial(_frozen(numbers, loss, self._bounds, attrs))
         known.add(result.spec.number)

@@ -222,11 +222,16 @@ class Spec(Frozen):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides results; the rest may change between start and resume."""
-        return self.model_dump(exclude={"compare", "published", "cluster", "tracking", "run"})
+        elsewhere = dict.fromkeys(("compare", "published", "cluster", "tracking", "run"), True)
+        return self.model_dump(exclude={**elsewhere, "search": {"storage"}})
 
 
-def load_spec(path: str | Path, overrides: list[str] | None = None) -> Spec:
+def load_spec(
+    path: str | Path, overrides: list[str] | None = None, *, run_suffix: str = ""
+) -> Spec:
     """Read a TOML spec and apply `section.key=value` overrides.
+
+    Where it names no run directory, that is runs/<name of the file><run_suffix>.
 
     Raises UserError for a missing file, malformed TOML, an unknown key or a wrong type.
     """
@@ -240,7 +245,7 @@ def load_spec(path: str | Path, overrides: list[str] | None = None) -> Spec:
     apply_overrides(raw, overrides or [])
     run = raw.setdefault("run", {})
     if isinstance(run, dict) and not run.get("dir"):
-        run["dir"] = f"runs/{path.stem}"
+        run["dir"] = f"runs/{path.stem}{run_suffix}"
     return parse_spec(raw, str(path))
 
 

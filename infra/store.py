@@ -305,6 +305,9 @@ def _read_header(directory: Path) -> dict[str, Any]:
             f"{directory} was written in version {version} of the run format and this program "
             f"reads version {VERSION}: use the program that wrote it, or another run.dir"
         )
+    kinds = {"id": str, "identity": dict, "provenance": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(header.get(key), kind)]:
+        raise UserError(f"{path} is damaged (no {wrong[0]!r}): choose another run.dir")
     return dict(header)
 
 

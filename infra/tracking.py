@@ -4,7 +4,7 @@
 
 The server may be down, slow or absent: files are the truth, what is missing there is pushed when it
 is back, and a run is looked for by its tags before it is created, so that nothing is there twice.
-This is the only module that imports mlflow, and only in that process or in `sync`.
+This is the only module that imports mlflow, and only in that process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-POLL_S, SLOWEST_POLL_S = 1.0, 30.0  # the latter while the server does not answer
+POLL_S = 1.0
+SLOWEST_POLL_S = 30.0  # while the server does not answer
 GIVE_UP_S = 60.0  # after the driver has gone and the server does not answer
 TAG_RUN, TAG_TRIAL, TAG_REPORT = "sparseramp.run", "sparseramp.trial", "sparseramp.report"
 PARENT = "search"  # TAG_TRIAL of the parent run
@@ -76,19 +77,6 @@ def pending(run_dir: str | Path) -> int:
     state = json.loads(path.read_bytes()) if path.exists() else {}
     pushed = state["trials"] if state.get("uri") == _uri(store) else []
     return len(set(store.numbers()) - set(pushed))
-
-
-def sync(run_dir: str | Path) -> int:
-    """Push what is missing, now and here; how many trials could not be pushed.
-
-    Leaves the work to a mirror that is at it already.
-    """
-    store = RunStore.read(run_dir)
-    if store.spec.tracking.enabled:
-        with _lock(store.path("tracking.lock"), wait=False) as mine:
-            if mine:
-                _follow(store, until_pid=0, give_up_s=0)
-    return pending(run_dir)
 
 
 class _Mirror:
@@ -135,7 +123,9 @@ class _Mirror:
         file = _uri(self.store).removeprefix("sqlite:///")  # a server has its own place for them
         beside = None if "://" in file else str(Path(file).resolve().parent / "mlartifacts")
         try:
-            return str(self.client.create_experiment(name, beside))
+            # Of this kind, its page opens with the runs.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return str(self.client.create_experiment(name, beside, kind))
         except MlflowException:
             if found := self.client.get_experiment_by_name(name):  # another search was faster
                 return str(found.experiment_id)
@@ -209,7 +199,7 @@ class _Mirror:
             "block_error": [error.relative for error in result.errors],
         }
         if result.state == "complete":
-            metrics |= {"loss": result.loss, "perplexity": math.exp(result.loss)}
+            metrics |= {"loss": result.loss, "perplexity": result.perplexity}
         self._log(run, end, _flat(spec.model_dump(exclude={"profile"})), metrics)
         # Last, because a run that has ended counts as pushed.
         status = "FINISHED" if result.state == "complete" else "FAILED"
@@ -227,7 +217,7 @@ class _Mirror:
         report = json.loads(data)
         metrics = _flat(report.get("gain", {}), "gain.")
         for row in ("dense", "uniform", "best"):
-            measured = report.get(row, {})
+            measured = report.get(row) or {}  # no dense model was measured
             metrics |= {f"{row}.{k}": v["mean"] for k, v in measured.pop("metrics", {}).items()}
             metrics |= {f"{row}.{k}": measured.get(k) for k in ("beta", "tilt", "sparsity")}
         self._log(self.parent, path.stat().st_mtime_ns // 1_000_000, {}, metrics)
@@ -305,15 +295,11 @@ def _alive(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
+def _lock(path: Path) -> Iterator[None]:
     """One mirror per run; a resumed search's waits for that of the killed one."""
     with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            mine = True
-        except BlockingIOError:
-            mine = False
-        yield mine
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _uri(store: RunStore) -> str:
@@ -342,7 +328,9 @@ def main() -> int:
     with _lock(store.path("tracking.lock")):
         if _follow(store, args.until_pid):
             return 0
-    print(f"gave up after {GIVE_UP_S:.0f} s: {pending(args.run_dir)} trials are left to push")
+    print(
+        f"gave up after {GIVE_UP_S:.0f} s: {pending(args.run_dir)} trials left for the next start"
+    )
     return 1
 
 

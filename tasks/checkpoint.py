@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tasks.sweep import Outcome
 
 SPARSITY_FILE = "sparsity.json"
+FORGOTTEN_S = 24 * 3600  # a driver that lives fetches a checkpoint long before
 
 
 def save_checkpoint(
@@ -37,14 +39,17 @@ def save_checkpoint(
 ) -> tuple[str, dict[str, str]]:
     """Save the pruned model into a folder of its own; returns it and the SHA-256 of each file.
 
-    Raises RuntimeError where the saved model is not the pruned one: other weights, other sparsity
-    or another loss on the first evaluated batch.
+    Raises UserError where it cannot be written, and RuntimeError where the saved model is not the
+    pruned one: other weights, other sparsity or another loss on the first evaluated batch.
     """
     folder = cache_dir() / "outbox" / uuid.uuid4().hex
-    folder.mkdir(parents=True)
     try:
+        _remove_forgotten(folder.parent)
+        folder.mkdir(parents=True)
         modality.save(folder)
         _verify(modality, folder, outcome, evaluation[0])
+        for file in folder.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone
         hashes = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
         facts = {
             "version": 1,
@@ -67,12 +72,19 @@ def save_checkpoint(
         }
         (folder / SPARSITY_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     except BaseException as error:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"cannot write a checkpoint to {folder.parent}: {reason}") from error
         raise
     return str(folder), hashes | {SPARSITY_FILE: sha256_of(folder / SPARSITY_FILE)}
+
+
+def _remove_forgotten(outbox: Path) -> None:
+    """Checkpoints that nobody fetched: their drivers were killed before they knew of them."""
+    for folder in outbox.glob("*"):
+        if folder.stat().st_mtime < time.time() - FORGOTTEN_S:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _verify(modality: Modality, folder: Path, outcome: Outcome, batch: Batch) -> None:

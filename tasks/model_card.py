@@ -24,7 +24,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     """
     spec, model, best = report["spec"], report["model"], report["best"]
     source, prune = spec["model"]["source"], spec["prune"]
-    name = f"{_short(source)}, {100 * best['sparsity']:.4g} % sparse"
+    name = f"{short(source)}, {100 * best['sparsity']:.4g} % sparse"
     texts = {use: spec["data"][use] or spec["data"]["source"] for use in ("calibration", "report")}
     paper = report["protocol"] == "paper"
     warning = "; **paper protocol: beta was selected on this text**" if paper else ""
@@ -42,7 +42,7 @@ def model_card(report: Mapping[str, Any]) -> str:
 
 ± is one standard error; n = {best["metrics"]["perplexity"]["n"]} windows of
 {spec["evaluation"]["context"]} tokens of {_public(texts["report"])}, calibrated
-{report["gain"]["n_seeds"]} times{warning}. The weights here are those of calibration seed
+{_times(report["gain"]["n_seeds"])}{warning}. The weights here are those of calibration seed
 {report["gain"]["seeds"][0]}.
 
 ## What was done
@@ -91,6 +91,7 @@ def settings(spec: Mapping[str, Any]) -> str:
         f"{section}.{key} = {toml_value(value)}"
         for section in ("model", "data", "prune", "calibration", "evaluation", "search")
         for key, value in spec[section].items()
+        if (section, key) != ("search", "storage")  # a view, whose URL may hold a password
     )
 
 
@@ -101,11 +102,12 @@ def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]
         EvalResult(
             task_type="text-generation",
             dataset_type=_hub_id(texts["report"]) or "text",
-            dataset_name=_short(texts["report"]),
+            dataset_name=short(texts["report"]),
             metric_type=metric,
-            metric_value=report["best"]["metrics"][metric]["mean"],
+            metric_value=value,
         )
         for metric in ("perplexity", "bits_per_byte")
+        if (value := report["best"]["metrics"][metric]["mean"]) is not None
     ]
     return ModelCardData(
         base_model=_hub_id(report["spec"]["model"]["source"]),
@@ -138,7 +140,12 @@ def _hub_id(source: str) -> str | None:
     return match[1] if match and not Path(source).exists() else None
 
 
-def _short(source: str) -> str:
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def short(source: str) -> str:
+    """The name of a source, without where it is."""
     name = _hub_id(source) or source.partition("#")[0]
     return name.rstrip("/").rpartition("/")[2].removesuffix(".gguf").removesuffix(".safetensors")
 

@@ -14,6 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
+from infra.records import finite_exp
+
+TOO_LARGE = "over 1e304"  # exp of 700 nats
+
 Rows = Sequence[float] | Sequence[Sequence[float]]
 Array = NDArray[np.float64]
 
@@ -22,8 +26,8 @@ Array = NDArray[np.float64]
 class Estimate:
     """A mean, its standard error, the number of windows behind it, and its unit."""
 
-    mean: float
-    stderr: float
+    mean: float | None  # None: too large for a number
+    stderr: float | None
     n: int
     unit: str
 
@@ -49,10 +53,15 @@ def mean_loss(rows: Rows, tokens: Sequence[int]) -> Estimate:
 
 
 def perplexity(rows: Rows, tokens: Sequence[int]) -> Estimate:
-    """exp of the token-weighted mean loss; standard error by the delta method: exp(m) * se(m)."""
-    loss = mean_loss(rows, tokens)
-    mean = math.exp(loss.mean)
-    return Estimate(mean, mean * loss.stderr, loss.n, "perplexity/token")
+    """exp of the token-weighted mean loss; standard error by the delta method: exp(m) * se(m).
+
+    Both are None where the loss is above 700 nats: the exponential is too large for a number.
+    """
+    table = _table(rows)
+    loss, stderr, _ = _two_way(table, np.asarray(tokens, dtype=float))
+    mean = finite_exp(loss)
+    stderr_of_exp = None if mean is None else mean * stderr
+    return Estimate(mean, stderr_of_exp, table.shape[1], "perplexity/token")
 
 
 def bits_per_byte(rows: Rows, tokens: Sequence[int], num_bytes: Sequence[int]) -> Estimate:
@@ -103,8 +112,10 @@ def ruled_out(candidate: Sequence[float], best: Sequence[float], level: float = 
     return excess.mean > float(student.ppf(1 - level, excess.df)) * excess.stderr
 
 
-def plus_minus(mean: float, stderr: float | None) -> str:
+def plus_minus(mean: float | None, stderr: float | None) -> str:
     """84.0 ± 5.1: the standard error to two digits, the mean to as many decimals."""
+    if mean is None:
+        return TOO_LARGE
     if stderr is None:
         return f"{mean:.4f}"
     digits = 1 - math.floor(math.log10(stderr)) if stderr > 0 else 4
@@ -112,8 +123,10 @@ def plus_minus(mean: float, stderr: float | None) -> str:
     return f"{mean:.{digits}f} ± {stderr:.{digits}f}"
 
 
-def three_digits(value: float) -> str:
+def three_digits(value: float | None) -> str:
     """19.9, 5.47 or 1633: at least three significant digits, never an exponent."""
+    if value is None:
+        return TOO_LARGE
     return f"{value:.{max(2 - math.floor(math.log10(abs(value))), 0) if value else 0}f}"
 
 

@@ -102,7 +102,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     )
 
 
-def describe_model(trials: Sequence[TrialSpec]) -> ModelRecord:
+def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> ModelRecord:
     """Load the model and the text of some trials, and say what the model is made of.
 
     Raises UserError where a trial could not run, and RuntimeError where the dense loss of a sweep
@@ -114,12 +114,14 @@ def describe_model(trials: Sequence[TrialSpec]) -> ModelRecord:
     first = trials[0]
     method_named(first.prune.method)
     modality = loaded(first.model)
-    for trial in trials:
+    for trial in reversed(trials):  # what asks for most text is refused first, with its full size
         rates = check_rates(trial.prune, modality.matrices())
         refuse_unfit(modality, rates, method=trial.prune.method, pattern=trial.prune.pattern)
         modality.calibration_batches(trial.data, trial.calibration)
         modality.evaluation_batches(trial.data, trial.split, trial.windows, trial.context)
-    batches = modality.evaluation_batches(first.data, first.split, first.windows, first.context)
+    batches = modality.evaluation_batches(
+        first.data, first.split, first.windows, first.context, divisor=batch_divisor
+    )
     losses = _dense_loss(modality, batches[0])
     splits: tuple[Split, ...] = ("calibration", "selection", "report")
     return modality.record(first.model.source).model_copy(
@@ -130,7 +132,7 @@ def describe_model(trials: Sequence[TrialSpec]) -> ModelRecord:
     )
 
 
-def measure_profile(spec: TrialSpec) -> list[float]:
+def measure_profile(spec: TrialSpec, *, batch_divisor: int = 1) -> list[float]:
     """What the trial's allocation measures, once for all trials that differ in its numbers only.
 
     One number per matrix for `TrialSpec.profile`, [] for an allocation that measures nothing.
@@ -139,16 +141,16 @@ def measure_profile(spec: TrialSpec) -> list[float]:
     return measure_rates(
         modality,
         spec.prune,
-        lambda: modality.calibration_batches(spec.data, spec.calibration),
+        lambda: modality.calibration_batches(spec.data, spec.calibration, divisor=batch_divisor),
     )
 
 
-def time_dense(spec: TrialSpec) -> tuple[int, float]:
+def time_dense(spec: TrialSpec, *, batch_divisor: int = 1) -> tuple[int, float]:
     """Tokens and seconds of a dense evaluation, the head included: what a token pass costs here."""
     dense = spec.prune.model_copy(
         update={"sparsity": 0.0, "allocation": "uniform", "beta": 0.0, "parameters": {}}
     )
-    result = run_trial(spec.model_copy(update={"prune": dense}))
+    result = run_trial(spec.model_copy(update={"prune": dense}), batch_divisor=batch_divisor)
     return sum(result.tokens), result.cost.sweep_s
 
 

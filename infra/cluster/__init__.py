@@ -12,5 +12,6 @@ one-GPU tasks that happened to 42 of 60.
 
 from infra.cluster.connection import Cluster, connect
 from infra.cluster.resources import Share
+from infra.cluster.transfer import LostCheckpointError
 
-__all__ = ["Cluster", "Share", "connect"]
+__all__ = ["Cluster", "LostCheckpointError", "Share", "connect"]

@@ -6,6 +6,7 @@
 Ray must be imported after `environment.prepare()` to be quiet; the command line sees to that.
 """
 
+import inspect
 import logging
 import os
 import shutil
@@ -26,9 +27,9 @@ from infra.cluster.dispatch import BACKOFF_S, MAX_LOST, dispatch
 from infra.cluster.pool import Pool, nodes
 from infra.cluster.resources import Share, check_address
 from infra.cluster.transfer import fetch
-from infra.cluster.worker import TrialFunction, describe_error, first_line
+from infra.cluster.worker import Kind, TrialFunction, describe_error, first_line
 from infra.devices import num_cores
-from infra.errors import UserError, WorkerError
+from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
 from infra.specs import ClusterSpec
 
@@ -129,24 +130,32 @@ class Cluster:
         return dispatch(self._pool, function, specs, self._timeout_s)
 
     def call(self, function: Callable[..., T], *args: object) -> T:
-        """Run one function in a worker; a UserError raised there is raised here.
+        """Run one function in a worker; a UserError raised there is raised here, others as one.
 
-        Anything else that it raises becomes a WorkerError. A lost worker is replaced, at most 3
-        dispatches.
+        A lost worker is replaced, at most 3 dispatches. Where CUDA is out of memory, a function
+        that takes `batch_divisor` is given 2, once.
         """
-        for attempt in range(1, MAX_LOST):
+        divisible = "batch_divisor" in inspect.signature(function).parameters
+        for attempt in range(1, MAX_LOST + 1):
             try:
-                return self._call(function, args)
-            except RayError:
+                kind, answer, cause = self._call(function, args, {})
+                if kind == "cuda-out-of-memory" and divisible:
+                    kind, answer, cause = self._call(function, args, {"batch_divisor": 2})
+            except RayError as error:
                 self._pool.drop_dead_workers()
+                lost = type(error).__name__
                 time.sleep(BACKOFF_S * attempt)
-        return self._call(function, args)
+                continue
+            if cause:
+                raise UserError(f"{function.__name__} failed: {cause}")
+            return answer
+        raise UserError(f"{function.__name__} failed: lost {MAX_LOST} times: {lost}")
 
     def fetch(self, result: TrialResult, destination: Path) -> None:
         """Bring a trial's checkpoint from the node that made it, verified, to `destination`.
 
-        What was there is replaced. Raises FileNotFoundError where the node or the folder is gone
-        and OSError where a file is not what its SHA-256 says.
+        What was there is replaced. Raises LostCheckpointError where the node or the folder is gone
+        or a file is not what its SHA-256 says, and OSError where `destination` cannot be written.
         """
         fetch(result, destination)
 
@@ -154,15 +163,20 @@ class Cluster:
         """Stop every worker, whatever it is doing; the next trial starts new ones."""
         self._pool.stop_all()
 
-    def _call(self, function: Callable[..., T], args: tuple[object, ...]) -> T:
+    def _call(
+        self, function: Callable[..., T], args: tuple[object, ...], options: dict[str, int]
+    ) -> tuple[Kind, T, str]:
         slot = self._pool.any()
         try:
-            answer: T = ray.get(slot.actor.call.remote(function, args))
+            ended: tuple[Kind, T, str] = ray.get(slot.actor.call.remote(function, args, options))
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
-            raise WorkerError(describe_error(error.cause)) from error
-        return answer
+            # the function or its answer could not be sent
+            raise UserError(f"{function.__name__} failed: {describe_error(error.cause)}") from error
+        if ended[0] == "broken":
+            self._pool.stop(slot)
+        return ended
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 pool = Pool(ClusterSpec(parallel=2))
 slot = pool.any()
-ray.get(slot.actor.call.remote(os.getpid, ()))
+ray.get(slot.actor.call.remote(os.getpid, (), {}))
 """
 
 from dataclasses import dataclass

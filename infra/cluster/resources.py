@@ -79,17 +79,19 @@ def capacity(share: Share, nodes: Sequence[Node]) -> int:
 
 
 def check_address(address: str) -> None:
-    """Raise UserError unless a gRPC server answers at `[ray://]host:port`.
+    """Raise UserError unless a gRPC server answers at `host:port`.
+
+    Ray Client (ray://) is refused: its driver is no node, and could not fetch a checkpoint.
 
     Ray itself tries for two minutes and then ends the process.
     """
     if address == "auto":
         return
-    match = re.fullmatch(r"(?:ray://)?\[?([^/\s]+?)\]?:(\d{1,5})", address)
+    match = re.fullmatch(r"\[?([^/\s]+?)\]?:(\d{1,5})", address)
     if not match:
         raise UserError(
-            f"{address!r} is no Ray address: write cluster.address=HOST:PORT, ray://HOST:PORT or "
-            "auto (or set RAY_ADDRESS so)"
+            f"{address!r} is no Ray address: write cluster.address=HOST:PORT or auto (or set "
+            "RAY_ADDRESS so)"
         )
     try:
         with socket.create_connection((match[1], int(match[2])), CONNECT_TIMEOUT_S) as connection:

@@ -3,6 +3,7 @@
 fetch(result, Path("runs/quickstart/best"))
 """
 
+import contextlib
 import hashlib
 import shutil
 from pathlib import Path
@@ -16,6 +17,10 @@ from infra.cluster.pool import nodes
 from infra.cluster.worker import first_line, read_chunk, remove_folder
 from infra.records import TrialResult
 from infra.sources import sha256_of
+
+
+class LostCheckpointError(OSError):
+    """A checkpoint is gone or damaged where it was made: only its trial can make it again."""
 
 
 def fetch(result: TrialResult, destination: Path) -> None:
@@ -34,10 +39,15 @@ def fetch(result: TrialResult, destination: Path) -> None:
             hashes = _pull(result, node, partial)
     except (RayError, FileNotFoundError) as error:
         reason = first_line(getattr(error, "cause", error))
-        raise FileNotFoundError(f"{source} on {result.host} is out of reach: {reason}") from error
+        raise LostCheckpointError(f"{source} on {result.host} is out of reach: {reason}") from error
+    except OSError:  # the disk of the run is full: what is there of the copy fills it
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     for name, sha256 in result.checkpoint_sha256.items():
         if hashes[name] != sha256:
-            raise OSError(f"{source / name} on {result.host} is not the file that was saved")
+            raise LostCheckpointError(
+                f"{source / name} on {result.host} is not the file that was saved"
+            )
     replaced = destination.with_name(f".{destination.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if destination.exists():
@@ -45,7 +55,8 @@ def fetch(result: TrialResult, destination: Path) -> None:
     partial.rename(destination)
     shutil.rmtree(replaced, ignore_errors=True)
     if node != own:
-        ray.get(_on_node(node, remove_folder).remote(result.checkpoint))
+        with contextlib.suppress(RayError):  # the node has gone, and with it the folder
+            ray.get(_on_node(node, remove_folder).remote(result.checkpoint))
 
 
 def _node_now(result: TrialResult, own: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from infra import environment
+from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
 
 CHUNK_BYTES = 8 * 2**20
@@ -54,9 +55,21 @@ class Worker:
             _release_memory(kind)
         return kind, result.model_copy(update={"node": node, "host": socket.gethostname()})
 
-    def call(self, function: Callable[..., T], args: tuple[object, ...]) -> T:
-        """Run any function with what a trial has."""
-        return function(*args)
+    def call(
+        self, function: Callable[..., T], args: tuple[object, ...], options: dict[str, int]
+    ) -> tuple[Kind, T | None, str]:
+        """Run any function with what a trial has: how it ended, its answer, why there is none.
+
+        A UserError is raised.
+        """
+        try:
+            return "done", function(*args, **options), ""
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001  as of a trial
+            kind, cause = _kind(error), describe_error(error)
+        _release_memory(kind)
+        return kind, None, cause
 
 
 def failed(spec: TrialSpec, cause: str) -> TrialResult:

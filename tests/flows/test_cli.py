@@ -6,13 +6,17 @@ python -m pytest tests/flows/test_cli.py
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from flows.evaluate import evaluate
+from infra.errors import UserError
 from tests.flows.commands import ROOT, run, write_project
 from tests.models import VOCAB
 
@@ -133,6 +137,49 @@ def test_an_infeasible_beta(spec: Path, cache: Path, tmp_path: Path) -> None:
     line = refusal(run("prune", spec, *options, cache=cache))
     assert "beta=0.6 is too large for 3 blocks at sparsity 0.5: at most 0.4999" in line
     assert not list((tmp_path / "run" / "trials").glob("*"))
+
+
+FACTS = {"dtype": "float32", "data": {"source": "text.txt"}, "evaluation": {"context": 16}}
+
+
+@pytest.mark.parametrize(
+    "facts, message",
+    [
+        ('{"data": ', "sparsity.json is damaged (JSONDecodeError: "),
+        ("[]", "sparsity.json is damaged (TypeError: "),
+        (json.dumps({"data": {}, "evaluation": {}}), "is damaged (KeyError: 'dtype')"),
+        (json.dumps(FACTS | {"data": 7}), "sparsity.json is damaged (TypeError: "),
+        (json.dumps(FACTS | {"evaluation": {"contexts": 16}}), "unknown key 'evaluation.contexts'"),
+    ],
+)
+def test_a_damaged_sparsity_file(tmp_path: Path, facts: str, message: str) -> None:
+    (tmp_path / "sparsity.json").write_text(facts)
+    with pytest.raises(UserError) as refused:
+        evaluate(tmp_path, [])
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("override", ["model=y", "prune=0.5"])
+def test_a_value_for_a_section_of_evaluate(tmp_path: Path, override: str) -> None:
+    (tmp_path / "sparsity.json").write_text(json.dumps(FACTS))
+    with pytest.raises(UserError, match=r"is no section: write (model|prune)\.key=value"):
+        evaluate(tmp_path, [override])
+
+
+def test_a_checkpoint_that_overflows(spec: Path, cache: Path, tmp_path: Path) -> None:
+    """What a trial calls a failure is a line for the user where there is only one trial."""
+    model = tmp_path / "model"
+    shutil.copytree(spec.parent / "model", model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("inf")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    options = (f"data.source={spec.parent / 'text.txt'}", "evaluation.context=16")
+    line = refusal(run("evaluate", model, *options, "evaluation.report_windows=4", cache=cache))
+    assert f"{model} cannot be measured: RuntimeError: the loss is nan" in line
+    line = refusal(
+        run("search", spec, f"model.source={model}", f"run.dir={tmp_path / 'run'}", cache=cache)
+    )
+    assert "describe_model failed: RuntimeError: " in line
 
 
 def test_a_checkpoint_is_measured(spec: Path, cache: Path) -> None:

@@ -137,3 +137,13 @@ def test_a_real_terminal_gets_the_board() -> None:
     os.close(master)
     assert process.returncode == 0
     assert b"loss 4.5000" in text and b"finished" in text and b'"kind"' not in text
+
+
+def test_storage_trouble_scrolls_by_and_the_stage_stays() -> None:
+    board, screen = make_board([0.0])
+    board.event({"kind": "wave", "rung": 0, "candidates": ["beta 0"]})
+    board.event({"kind": "storage", "problem": "Optuna storage x is locked", "untold": 3})
+    assert "Optuna storage x is locked (3 trials untold)" in screen.getvalue()
+    board.event({"kind": "storage", "problem": "", "untold": 0})
+    assert "can be written again" in screen.getvalue()
+    assert board.stage == "rung 0: 1 candidates"

@@ -231,6 +231,27 @@ def test_trial_of_one_window_has_a_loss_without_a_standard_error() -> None:
     assert "4.5000" in render(report)
 
 
+def test_perplexities_that_are_no_numbers_are_null() -> None:
+    finals = [make_result(n, "final", 1, beta) for n, beta in enumerate([0.0, 0.0083])]
+    for n, shift in enumerate((2000.0, 1000.0)):
+        losses = [loss + shift for loss in finals[n].losses]
+        finals[n] = finals[n].model_copy(update={"losses": losses})
+    report = build_report(make_spec(), make_model(), finals, 1.0)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["best"]["metrics"]["perplexity"]["mean"] is None
+    assert report["gain"]["mean"] == pytest.approx(1000, abs=1)
+    assert "from over 1e304 (uniform) to over 1e304" in report["gain"]["conclusion"]
+    report = build_report(make_spec(), make_model(), finals[::-1], 1.0)
+    page = render(report)
+    assert "over 1e304" in page and "In perplexity" in page
+    worse = [
+        f.model_copy(update={"losses": g.losses}) for f, g in zip(finals, finals[::-1], strict=True)
+    ]
+    report = build_report(make_spec(), make_model(), worse, 1.0)
+    assert report["gain"]["perplexity"]["ratio"] is None
+    assert "In perplexity" not in render(report)
+
+
 def test_run_without_a_final_stage_says_what_to_do() -> None:
     with pytest.raises(UserError, match=r"no final comparison yet \(10 trials finished"):
         build_report(make_spec(), make_model(), make_run()[:11], 1.0)

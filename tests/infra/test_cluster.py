@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster as RayNodes
 
-from infra.cluster import Cluster, connect
+from infra.cluster import Cluster, LostCheckpointError, connect
 from infra.environment import CHECKOUT
 from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
 from infra.specs import CalibrationSpec, ClusterSpec, DataSpec, ModelSpec, PruneSpec
 from tasks.trial import run_trial
-from tests.infra.trials import act, environment, refuse
+from tests.infra.trials import act, environment, measure, refuse
 from tests.models import write_checkpoint, write_text
 
 SMALL = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
@@ -201,6 +201,26 @@ def test_call_gives_the_answer_or_the_user_error(cluster: Cluster) -> None:
     assert caught.value.__cause__ is None
 
 
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("raise", r"RuntimeError: the dense model overflows \(tests/infra/trials\.py:\d+\)"),
+        ("cuda:4", r"OutOfMemoryError: CUDA out of memory \(tests/infra/trials\.py:\d+\)"),
+        ("exit", "lost 3 times: ActorDiedError"),
+    ],
+)
+def test_what_a_called_function_raises_is_said_on_one_line(
+    cluster: Cluster, what: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=f"^measure failed: {message}$"):
+        cluster.call(measure, what)
+
+
+def test_a_called_function_out_of_cuda_memory_gets_half_the_batch(cluster: Cluster) -> None:
+    assert cluster.call(measure, "ok") == 1
+    assert cluster.call(measure, "cuda:2") == 2
+
+
 def test_fetch_from_either_node(cluster: Cluster, tmp_path: Path) -> None:
     data = {"model.safetensors": os.urandom(9 * 2**20), "config.json": b"{}"}  # two pieces
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
@@ -236,13 +256,15 @@ def test_fetch_refuses_what_is_damaged_or_gone(cluster: Cluster, tmp_path: Path)
         checkpoint=str(tmp_path / "outbox"),
         checkpoint_sha256={"config.json": hashlib.sha256(b"{}").hexdigest()},
     )
-    with pytest.raises(OSError, match="not the file that was saved"):
+    with pytest.raises(LostCheckpointError, match="not the file that was saved"):
         cluster.fetch(made, best)
-    with pytest.raises(FileNotFoundError, match="out of reach"):
+    with pytest.raises(LostCheckpointError, match="out of reach"):
         cluster.fetch(made.model_copy(update={"checkpoint": str(tmp_path / "none")}), best)
-    with pytest.raises(FileNotFoundError, match="out of reach"):
+    with pytest.raises(LostCheckpointError, match="out of reach"):
         cluster.fetch(made.model_copy(update={"node": "0" * 56, "host": "elsewhere"}), best)
     assert best.is_dir()
+    with pytest.raises(FileExistsError):  # no fault of the checkpoint's
+        cluster.fetch(made, tmp_path / "outbox" / "config.json" / "best")
 
 
 def test_fetch_after_ray_was_started_again(cluster: Cluster, tmp_path: Path) -> None:

@@ -58,15 +58,14 @@ def test_what_fits_nowhere_is_refused(asked: dict[str, float], message: str) -> 
         decide_share(ClusterSpec.model_validate(asked), [node(4, 1)])
 
 
-@pytest.mark.parametrize("address", ["localhost", "http://host:1", "host:port", "ray://host"])
+@pytest.mark.parametrize("address", ["localhost", "http://host:1", "host:port", "ray://host:10001"])
 def test_malformed_address(address: str) -> None:
     with pytest.raises(UserError, match="is no Ray address"):
         check_address(address)
 
 
-@pytest.mark.parametrize("prefix", ["", "ray://"])
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
-def test_a_port_of_something_else(prefix: str, answer: bytes) -> None:
+def test_a_port_of_something_else(answer: bytes) -> None:
     """Ray itself would try for two minutes, then end the process."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -80,7 +79,7 @@ def test_a_port_of_something_else(prefix: str, answer: bytes) -> None:
         thread.start()
         started = time.monotonic()
         with pytest.raises(UserError) as caught:
-            check_address(f"{prefix}127.0.0.1:{server.getsockname()[1]}")
+            check_address(f"127.0.0.1:{server.getsockname()[1]}")
         thread.join()
     assert "\n" not in str(caught.value)
     assert time.monotonic() - started < 15

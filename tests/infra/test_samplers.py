@@ -191,6 +191,15 @@ def test_mirror_tells_each_trial_once_and_rungs_apart(make_result: Make, tmp_pat
     assert [(t.value, t.user_attrs["number"]) for t in high] == [(pytest.approx(3.9), 3)]
 
 
+def test_mirror_takes_a_loss_whose_perplexity_is_no_number(
+    make_result: Make, tmp_path: Path
+) -> None:
+    assert mirrored(tmp_path, [make_result(0, loss=800.0), make_result(1, 0.01)]) == 0
+    high, low = trials(tmp_path / "optuna.db", f"{tmp_path.name}/rung0")
+    assert high.value == pytest.approx(800.0) and "perplexity" not in high.user_attrs
+    assert "perplexity" in low.user_attrs
+
+
 def test_mirror_is_rebuilt_after_its_file_was_deleted(make_result: Make, tmp_path: Path) -> None:
     results = [make_result(n, 0.001 * n) for n in range(3)]
     assert mirrored(tmp_path, results[:2]) == 0

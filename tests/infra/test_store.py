@@ -101,6 +101,32 @@ def test_changed_spec_is_refused_by_key_once_a_wave_is_planned(
     RunStore.open(make_spec()).close()  # the refused one let go of the lock
 
 
+def test_resume_takes_another_storage(make_spec: MakeSpec, make_result: MakeResult) -> None:
+    """Optuna's is a view of the files, and told of them anew."""
+    with RunStore.open(make_spec()) as store:
+        store.write_wave(0, [make_result(0).spec])
+    RunStore.open(make_spec(search={"storage": "sqlite:///other.db"})).close()
+    with pytest.raises(UserError, match=r"search\.seed \(was 0, is 1\)"):
+        RunStore.open(make_spec(search={"seed": 1}))
+
+
+@pytest.mark.parametrize("key", ["id", "identity", "provenance"])
+def test_incomplete_header_is_refused(
+    make_spec: MakeSpec, make_result: MakeResult, key: str
+) -> None:
+    spec = make_spec()
+    with RunStore.open(spec) as store:
+        store.write_wave(0, [make_result(0).spec])
+    path = store.path("run.json")
+    header = json.loads(path.read_text())
+    del header[key]
+    path.write_text(json.dumps(header))
+    for attempt in (lambda: RunStore.open(spec), lambda: RunStore.read(spec.run.dir)):
+        with pytest.raises(UserError, match=f"run.json is damaged .no '{key}'.") as error:
+            attempt()
+        on_one_line(error)
+
+
 def test_other_version_is_refused(make_spec: MakeSpec) -> None:
     spec = make_spec()
     RunStore.open(spec).close()

@@ -43,6 +43,12 @@ def runs(store: RunStore) -> dict[str, Run]:
     return by_name
 
 
+def sync(run_dir: Path) -> int:
+    """What a mirror does whose driver has gone; how many trials it could not push."""
+    tracking._follow(RunStore.read(run_dir), until_pid=0, give_up_s=0)
+    return tracking.pending(run_dir)
+
+
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty database, because MLflow takes seconds to make one."""
@@ -67,7 +73,7 @@ def store(
 
 def test_search_and_trials_arrive_whole(store: RunStore) -> None:
     assert tracking.pending(store.dir) == 3
-    assert tracking.sync(store.dir) == 0
+    assert sync(store.dir) == 0
     found = runs(store)
     assert sorted(found) == ["tiny", "trial 00000", "trial 00001", "trial 00002"]
     assert [found[f"trial 0000{n}"].info.status for n in range(3)] == [
@@ -98,7 +104,7 @@ def test_search_and_trials_arrive_whole(store: RunStore) -> None:
     )  # fmt: skip
     store.path("report.json").write_text(json.dumps(REPORT))
     store.path("report.html").write_text("<html>")
-    assert tracking.sync(store.dir) == 0
+    assert sync(store.dir) == 0
     parent = runs(store)["tiny"]
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["model.sha256"] == "ab12" and parent.data.tags["data.report"] == "1234"
@@ -114,7 +120,7 @@ def test_search_and_trials_arrive_whole(store: RunStore) -> None:
 def test_what_is_there_is_completed_and_what_is_there_twice_goes(
     store: RunStore, make_result: MakeResult
 ) -> None:
-    assert tracking.sync(store.dir) == 0
+    assert sync(store.dir) == 0
     before = runs(store)
     client = mlflow.MlflowClient(tracking._uri(store))
     experiment = before["tiny"].info.experiment_id
@@ -129,13 +135,24 @@ def test_what_is_there_is_completed_and_what_is_there_twice_goes(
     store.write_result(make_result(3, 0.015))
     store.path("tracking.json").unlink()  # no more than a note
 
-    assert tracking.sync(store.dir) == 0
+    assert sync(store.dir) == 0
     found = runs(store)
     assert len(found) == 5
     assert found["trial 00001"].info.run_id == before["trial 00001"].info.run_id
     assert found["trial 00003"].info.run_id == half.info.run_id
     assert found["trial 00003"].info.status == "FINISHED"
     assert found["trial 00003"].data.metrics["loss"] == pytest.approx(4.5)
+
+
+def test_numbers_that_are_none_leave_the_rest(store: RunStore, make_result: MakeResult) -> None:
+    """Nobody measured the dense model, and a candidate's perplexity is no number."""
+    store.write_result(make_result(3, 0.03, loss=800.0))
+    store.path("report.json").write_text(json.dumps(REPORT | {"dense": None}))
+    assert sync(store.dir) == 0
+    found = runs(store)
+    assert found["trial 00003"].data.metrics["loss"] == pytest.approx(800.0)
+    assert "perplexity" not in found["trial 00003"].data.metrics
+    assert found["tiny"].data.metrics["best.perplexity"] == 70.0
 
 
 def test_server_that_refuses_or_hangs_costs_little_and_loses_nothing(
@@ -147,12 +164,12 @@ def test_server_that_refuses_or_hangs_costs_little_and_loses_nothing(
         with RunStore.open(make_spec(tracking={"uri": uri})) as store:
             store.write_result(make_result(0))
             start = time.monotonic()
-            assert tracking.sync(store.dir) == 1
-    assert tracking.sync(store.dir) == 1  # and now the port is closed
+            assert sync(store.dir) == 1
+    assert sync(store.dir) == 1  # and now the port is closed
     assert time.monotonic() - start < 5
     shutil.copy(empty, store.dir.parent / "mlflow.db")
     with RunStore.open(make_spec()) as store:  # another place for it, at the next start
-        assert tracking.sync(store.dir) == 0
+        assert sync(store.dir) == 0
     assert len(runs(store)) == 2
 
 
@@ -160,7 +177,7 @@ def test_disabled_does_nothing(make_spec: MakeSpec, make_result: MakeResult) -> 
     with RunStore.open(make_spec(tracking={"enabled": False})) as store:
         store.write_result(make_result(0))
         assert tracking.start(store.dir, store.spec.tracking) is None
-        assert tracking.sync(store.dir) == tracking.pending(store.dir) == 0
+        assert tracking.pending(store.dir) == 0
     assert not (store.dir.parent / "mlflow.db").exists()
 
 
@@ -214,12 +231,13 @@ KILLED_MIRRORS = """
 import os, random, sys, time
 import mlflow, sqlalchemy
 from infra import tracking
+from infra.store import RunStore
 chance = random.Random(0)
 for _ in range(5):
     left = tracking.pending(sys.argv[1])
     child = os.fork()
     if not child:
-        tracking.sync(sys.argv[1])
+        tracking._follow(RunStore.read(sys.argv[1]), until_pid=0)
         os._exit(0)
     while tracking.pending(sys.argv[1]) == left:
         time.sleep(0.001)
@@ -235,7 +253,7 @@ def test_mirror_killed_at_any_moment_leaves_nothing_twice(
     for number in range(3, 40):
         store.write_result(make_result(number, 0.0005 * number))
     subprocess.run([sys.executable, "-c", KILLED_MIRRORS, str(store.dir)], check=True)
-    assert tracking.sync(store.dir) == 0
+    assert sync(store.dir) == 0
     found = runs(store)
     assert len(found) == 41
     statuses = [found[f"trial {n:05d}"].info.status for n in range(40)]

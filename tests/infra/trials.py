@@ -55,6 +55,19 @@ def refuse(what: str) -> None:
     raise UserError(f"{what} is missing")
 
 
+def measure(what: str, *, batch_divisor: int = 1) -> int:
+    """As a function of the model that fails like a trial; see `act`."""
+    word, _, argument = what.partition(":")
+    match word:
+        case "raise":
+            raise RuntimeError("the dense model overflows\nsecond line")
+        case "cuda" if batch_divisor < int(argument):
+            raise OutOfMemoryError("CUDA out of memory")
+        case "exit":
+            os._exit(1)
+    return batch_divisor
+
+
 def environment(name: str) -> str | None:
     """A variable as a worker sees it."""
     return os.environ.get(name)

@@ -4,7 +4,9 @@ python -m pytest tests/tasks/test_checkpoint.py
 """
 
 import json
+import os
 import resource
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,51 @@ def test_a_full_disk_is_a_user_error_and_nothing_is_left(make: Made, cache: Path
     assert "\n" not in str(refused.value)
     assert outbox(cache) == before
     assert trial.run_trial(spec).state == "complete"
+
+
+def test_an_outbox_that_cannot_be_made_is_a_user_error(
+    make: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make("llama")
+    trial.loaded(spec.model)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "outbox").touch()
+    monkeypatch.setenv("SPARSERAMP_CACHE", str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match=r"cannot write a checkpoint to .*outbox: Not a directory"):
+        trial.run_trial(spec)
+
+
+def test_checkpoints_that_nobody_fetched_go_after_a_day(make: Made, cache: Path) -> None:
+    forgotten, recent = cache / "outbox" / "forgotten", cache / "outbox" / "recent"
+    for folder, age_h in ((forgotten, 25), (recent, 23)):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+        os.utime(folder, (time.time() - 3600 * age_h,) * 2)
+    made = Path(trial.run_trial(make("llama")).checkpoint)
+    assert not forgotten.exists()
+    assert {recent, made} <= set(outbox(cache))
+
+
+def test_the_model_is_described_and_measured_with_smaller_batches(
+    make: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once CUDA was out of memory."""
+    spec = make("llama")
+    divisors = []
+    made = LanguageModality._batches
+
+    def batches(self: LanguageModality, *args: Any, **more: Any) -> Any:
+        divisors.append(args[4])
+        return made(self, *args, **more)
+
+    monkeypatch.setattr(LanguageModality, "_batches", batches)
+    trial.describe_model([spec], batch_divisor=2)
+    assert divisors[-1] == 2  # of the batch that is run
+    owl = spec.prune.model_copy(update={"allocation": "owl", "beta": 0.0})
+    trial.measure_profile(spec.model_copy(update={"prune": owl}), batch_divisor=2)
+    assert divisors[-1] == 2
+    trial.time_dense(spec, batch_divisor=2)
+    assert divisors[-1] == 2
 
 
 def test_the_dense_loss_is_checked_against_a_plain_loop(make: Made) -> None:

@@ -47,6 +47,20 @@ def test_the_hub_reads_the_front_matter() -> None:
     assert measured == {"perplexity": 69.2, "bits_per_byte": 1.52}
 
 
+def test_a_perplexity_that_is_no_number_is_left_out() -> None:
+    report = make_report()
+    report["best"]["metrics"]["perplexity"] |= {"mean": None, "stderr": None}
+    text = model_card(report)
+    assert [r.metric_type for r in ModelCard(text).data.get("eval_results")] == ["bits_per_byte"]
+    assert "| best | over 1e304 |" in text
+
+
+def test_the_storage_is_nobodys_business() -> None:
+    report = make_report()
+    report["spec"]["search"]["storage"] = "postgresql://me:secret@host/db"
+    assert "secret" not in model_card(report)
+
+
 def test_facts_that_a_reader_needs() -> None:
     text = model_card(make_report())
     for fact in (

@@ -124,3 +124,10 @@ def test_numbers_are_written_as_precisely_as_they_are_known() -> None:
     assert plus_minus(1633.2, 312.0) == "1633 ± 312"
     assert plus_minus(3.0, 0.0) == "3.0000 ± 0.0000"
     assert [three_digits(x) for x in (1633.2, 84.0, 5.4712, 0.0)] == ["1633", "84.0", "5.47", "0"]
+
+
+def test_a_perplexity_that_is_no_number_is_null() -> None:
+    huge = perplexity([800.0, 900.0], [10, 10])
+    assert (huge.mean, huge.stderr, huge.n) == (None, None, 2)
+    assert plus_minus(huge.mean, huge.stderr) == three_digits(huge.mean) == "over 1e304"
+    assert perplexity([699.0, 700.0], [10, 10]).mean == pytest.approx(math.exp(699.5))
