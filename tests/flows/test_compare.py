@@ -11,12 +11,14 @@ from typing import Any, cast
 import pytest
 
 from flows.cells import cells_of
+from flows.report import build_report, render
 from flows.study import drive
 from infra.cluster import Cluster
 from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec, PruneSpec, load_spec, parse_spec
 from tests.flows.commands import run, write_project
+from tests.flows.test_report import make_model, make_run, make_spec
 
 LISTS = """
 [compare]
@@ -124,6 +126,14 @@ def test_a_spec_with_lists_and_numbers_is_read_back(tmp_path: Path) -> None:
     spec = load_spec(path, [f"run.dir={tmp_path / 'run'}"])
     with RunStore.open(spec, "compare"):
         assert RunStore.read(tmp_path / "run").spec == spec
+
+
+def test_published_numbers_stand_beside_the_measured() -> None:
+    spec = make_spec(published={"best": 22.2})
+    page = render(build_report(spec, make_model(), make_run(), 1.0))
+    assert "<th>published</th>" in page and "<td>22.2</td>" in page
+    plain = render(build_report(make_spec(), make_model(), make_run(), 1.0))
+    assert "<th>published</th>" not in plain
 
 
 def trial(number: int, what: str) -> TrialSpec:

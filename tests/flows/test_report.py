@@ -295,12 +295,6 @@ def test_paper_protocol_is_said_wherever_a_number_stands() -> None:
     assert "aper protocol" not in render(build_report(make_spec(), make_model(), make_run(), 1.0))
 
 
-def test_published_numbers_stand_beside_the_measured(report: dict[str, Any]) -> None:
-    published = build_report(make_spec(published={"best": 22.2}), make_model(), make_run(), 1.0)
-    assert "<th>published</th>" in render(published) and "<td>22.2</td>" in render(published)
-    assert "<th>published</th>" not in render(report)
-
-
 def test_page_is_one_file_that_escapes_what_it_shows(report: dict[str, Any]) -> None:
     report = {**report, "provenance": {"commit": "</script><script>alert(1)</script>"}}
     page = render(report)
