@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from flows.live import live
-from flows.search import _Run
+from flows.search import Run
+from flows.study import drive
 from infra.cluster import LostCheckpointError
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.specs import Spec, parse_spec
@@ -35,10 +36,21 @@ class Nodes:
             raise error
         destination.mkdir()
 
-    def run(self, function: object, specs: Iterable[TrialSpec]) -> Iterator[TrialResult]:
-        for spec in specs:
+    def run(self, function: object, specs: Iterable[TrialSpec | None]) -> Iterator[TrialResult]:
+        for spec in filter(None, specs):
             self.trials += 1
             yield self.again.model_copy(update={"spec": spec})
+
+
+class Publishing(Run):
+    """A run of which only the checkpoint is left to do."""
+
+    def trials(self) -> Iterator[TrialSpec | None]:
+        self._model = self.describe(self.spec)
+        yield from self._publish()
+
+    def finish(self) -> None:
+        """No report: there is nothing that it could be made from."""
 
 
 @pytest.fixture
@@ -80,7 +92,9 @@ def publish(spec: Spec, model: ModelRecord) -> Iterator[Callable[..., str]]:
 
         def call(cluster: Any, result: TrialResult) -> str:
             store.write_result(result)
-            return _Run(store, spec, cluster, view)._publish(model)
+            run = Publishing(store, spec, cluster, view, lambda *_: [], lambda _: model)
+            drive(cluster, [run])
+            return run._problem
 
         yield call
 
