@@ -51,6 +51,11 @@ def search(spec: Spec, *, as_json: bool = False) -> Report:
 
 def prune(spec: Spec, *, as_json: bool = False) -> Report:
     """Prune as the spec says, compare with uniform on the report split, save and report."""
+    if spec.prune.allocation == "arithmetic" and spec.prune.beta == 0:
+        raise UserError(
+            "prune.beta is 0, which is uniform: give the common difference, such as "
+            "prune.beta=0.008, or prune.allocation=uniform"
+        )
 
     def plan(spec: Spec, model: ModelRecord, results: Results) -> list[TrialSpec]:
         return final_wave(spec, spec.prune, results, model.profile)
@@ -109,6 +114,8 @@ class Run:
         """
         done = sum(token_passes(result.spec) for result in self.results.values())
         self.tell("started", done=done, cluster=self.cluster.describe())
+        for result in self.results.values():
+            self.view.event({**trial_event(result), "earlier": True})
         model = self._begin()
         for wave in self._waves(model):
             # The final comparison needs all of its trials, so one that failed is tried once more.
@@ -236,6 +243,13 @@ class Run:
     def _tell_wave(self, wave: list[TrialSpec], model: ModelRecord) -> None:
         kind = "final" if wave[0].stage == "final" else "climb" if wave[0].rung else "wave"
         planned = planned_passes(self.spec, model, self.results)
+        if kind == "final":  # rungs that nobody had to climb to are not to come
+            earlier = [
+                result.spec
+                for number, result in self.results.items()
+                if number not in {trial.number for trial in wave}
+            ]
+            planned = sum(map(token_passes, [*earlier, *wave]))
         candidates = [trial.prune.label for trial in wave]
         self.tell(kind, rung=wave[0].rung, candidates=candidates, planned=planned)
 

@@ -131,6 +131,11 @@ def test_a_checkpoint_that_could_execute_code(spec: Path, cache: Path, tmp_path:
     assert "model.allow_pickle" in line
 
 
+def test_a_beta_that_is_not_given(spec: Path, cache: Path) -> None:
+    assert "give the common difference" in refusal(run("prune", spec, cache=cache))
+    assert not (spec.parent / "run").exists()
+
+
 def test_an_infeasible_beta(spec: Path, cache: Path, tmp_path: Path) -> None:
     """Known when the number of blocks is known, and before any trial."""
     options = ("prune.beta=0.6", f"run.dir={tmp_path / 'run'}")

@@ -86,6 +86,15 @@ def test_work_of_an_earlier_driver_counts_as_done_but_not_as_speed() -> None:
     assert board.time_left() == pytest.approx(20)
 
 
+def test_trials_of_an_earlier_call_count_and_are_not_told_again() -> None:
+    clock = [0.0]
+    board, screen = make_board(clock)
+    board.event({**trial(0, 0.0, 4.5), "earlier": True})
+    board.event({**trial(1, 0.01, 4.3), "earlier": True})
+    assert (board.trials, screen.getvalue(), board.time_left()) == (2, "", None)
+    assert board.best().startswith("beta 0.01 (tilt 0.36), loss 4.3000, uniform 4.5000")
+
+
 def test_best_is_that_of_the_highest_rung() -> None:
     board, screen = make_board([0.0])
     board.event(trial(0, 0.0, 4.50))
