@@ -25,9 +25,7 @@ from infra.environment import CHECKOUT
 from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
 from infra.specs import CalibrationSpec, ClusterSpec, DataSpec, ModelSpec, PruneSpec
-from tasks.trial import run_trial
 from tests.infra.trials import act, environment, measure, refuse
-from tests.models import write_checkpoint, write_text
 
 SMALL = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
 
@@ -75,6 +73,9 @@ def test_two_trials_at_once_on_two_nodes(cluster: Cluster, tmp_path: Path) -> No
 
 
 def test_each_node_loads_the_model_once(cluster: Cluster, tmp_path: Path) -> None:
+    from tasks.trial import run_trial  # torch is for this test alone
+    from tests.models import write_checkpoint, write_text
+
     model = ModelSpec(source=str(write_checkpoint("llama", tmp_path)))
     data = write_text(tmp_path / "text.txt")
     specs = [
