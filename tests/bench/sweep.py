@@ -3,7 +3,9 @@
     python tests/bench/sweep.py [--json] [--samples 8] [--windows 16] [--runs 3]
 
 The products are timed alone, at the model's own shapes and token counts, head included; the share
-is the time they would take over the time the sweep took. Interleaved; medians of `--runs`.
+is the time they would take over the time the sweep took. The second share counts the attention of
+torch as well, timed alone: the model's forward cannot do without it, and what is left is norms,
+activations, the loss, and pruning. Interleaved; medians of `--runs`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +47,11 @@ def main() -> None:
     dense = trial.model_copy(update={"prune": trial.prune.model_copy(update={"sparsity": 0.0})})
     dense = dense.model_copy(update={"prune": dense.prune.model_copy(update={"beta": 0.0})})
     run_trial(trial)  # warm
-    rows: dict[str, list[float]] = {"dense": [], "pruning": [], "outside_s": []}
+    names = ("dense", "pruning", "dense_attention", "pruning_attention", "outside_s")
+    rows: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(options.runs):
         products = _product_seconds(loaded(trial.model), trial)
+        attention = _attention_seconds(loaded(trial.model), trial)
         for name, spec, blocks_only in (
             ("dense", dense, 0),
             ("pruning", trial, trial.calibration.samples * trial.calibration.length),
@@ -55,11 +60,14 @@ def main() -> None:
             tokens = spec.windows * spec.context
             ideal = products[1] * tokens + products[0] * blocks_only
             rows[name].append(ideal / result.cost.sweep_s)
+            ideal += attention * (tokens + blocks_only)
+            rows[f"{name}_attention"].append(ideal / result.cost.sweep_s)
         rows["outside_s"].append(result.cost.total_s - result.cost.sweep_s)
     answer = {name: statistics.median(values) for name, values in rows.items()}
-    print(f"share of the product rate, dense evaluation    {answer['dense']:.0%}")
-    print(f"share of the product rate, prune and evaluate  {answer['pruning']:.0%}")
-    print(f"seconds outside the sweep, warm trial          {answer['outside_s']:.3f}")
+    print(f"{'share of the rate of':<28}{'products':>10}{'and attention':>15}")
+    for name, what in (("dense", "dense evaluation"), ("pruning", "prune and evaluate")):
+        print(f"{what:<28}{answer[name]:>10.0%}{answer[f'{name}_attention']:>15.0%}")
+    print(f"seconds outside the sweep, warm trial: {answer['outside_s']:.3f}")
     if options.json:
         print(json.dumps(answer | {"threads": torch.get_num_threads(), "runs": options.runs}))
 
@@ -81,6 +89,22 @@ def _product_seconds(modality: Modality, trial: TrialSpec) -> tuple[float, float
     blocks = seconds(m.weight() for block in modality.blocks for m in block.matrices)
     head = modality.model.get_output_embeddings().weight  # type: ignore[operator]
     return blocks, blocks + seconds(iter([head]))
+
+
+def _attention_seconds(modality: Modality, trial: TrialSpec) -> float:
+    """Seconds per token of causal attention in all blocks."""
+    config: Any = modality.model.config
+    windows = max(1, 2048 // trial.context)
+    size = config.hidden_size // config.num_attention_heads
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    dtype = next(modality.model.parameters()).dtype
+    q, k, v = (torch.randn(windows, n, trial.context, size, dtype=dtype) for n in heads)
+    total = 0.0
+    for _ in range(1 + len(modality.blocks)):
+        started = time.perf_counter()
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        total += time.perf_counter() - started
+    return total * len(modality.blocks) / (1 + len(modality.blocks)) / (windows * trial.context)
 
 
 if __name__ == "__main__":
