@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.specs import CompareSpec, Spec
+from infra.specs import CompareSpec, PruneSpec, Spec
+from tasks.allocation import ALLOCATIONS
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,7 @@ def cells_of(spec: Spec, folder: Path | None = None) -> list[Cell]:
                             "allocation": allocations[allocation],
                             "sparsity": sparsity,
                             "beta": 0.0,
-                            # Numbers are those of one allocation; others would refuse them.
-                            "parameters": prune.parameters
-                            if allocations[allocation] == prune.allocation
-                            else {},
+                            "parameters": _own(prune, allocations[allocation]),
                         }
                     ),
                     "compare": CompareSpec(checkpoints=compare.checkpoints),
@@ -65,6 +63,14 @@ def cells_of(spec: Spec, folder: Path | None = None) -> list[Cell]:
         for method in methods
         for allocation in allocations
     ]
+
+
+def _own(prune: PruneSpec, allocation: str) -> dict[str, float]:
+    """The numbers that an allocation has; it would refuse those of others."""
+    if allocation == prune.allocation or allocation not in ALLOCATIONS or allocation == "free":
+        return prune.parameters if allocation == prune.allocation else {}
+    names = {parameter.name for parameter in ALLOCATIONS[allocation].parameters(())}
+    return {name: value for name, value in prune.parameters.items() if name in names}
 
 
 def _named(values: Sequence[str]) -> dict[str, str]:

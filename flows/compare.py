@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flows.cells import Cell, cells_of
 from flows.comparison import Comparison, write_comparison
 from flows.live import Event
-from flows.plan import Results, final_wave, kinds_of_trial, next_wave
+from flows.plan import Results, final_wave, kinds_of_trial, next_wave, search_trial
 from flows.search import Run, pin
 from flows.study import drive
 from infra import tracking
@@ -145,7 +145,9 @@ class _Shared:
         if allocation.measure is None:
             self._profiles[measured] = []
         elif measured not in self._profiles:
-            self._profiles[measured] = self.cluster.call(measure_profile, trials[-1])
+            self._profiles[measured] = self.cluster.call(
+                measure_profile, search_trial(spec, spec.prune, -1)
+            )
         return self._models[source].model_copy(update={"profile": self._profiles[measured]})
 
 

@@ -126,6 +126,8 @@ def token_passes(trial: TrialSpec) -> int:
     calibration = trial.calibration.samples * trial.calibration.length
     evaluation = trial.windows * trial.context
     passes = 2 if trial.prune.pause == "block" else 1
+    if trial.prune.method == "pruner-zero":
+        passes += 3  # a forward and a backward of the dense model
     return calibration * passes + evaluation * (3 if trial.error_curves else 1)
 
 

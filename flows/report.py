@@ -74,7 +74,7 @@ def build_report(
 ) -> Report:
     """Everything that report.json holds. Raises UserError where the final stage is missing."""
     done = [result for result in results if result.state == "complete"]
-    uniform, best = _finals(done)
+    uniform, best = _finals(results)
     dense = next((r for r in done if r.spec.stage == "final" and r.dense_losses), None)
     gain = paired_difference(_losses(uniform), _losses(best), uniform[0].tokens)
     searched = any(result.spec.stage == "search" for result in results)
@@ -127,13 +127,22 @@ def build_report(
     return report
 
 
-def _finals(done: Sequence[TrialResult]) -> tuple[list[TrialResult], list[TrialResult]]:
-    """The uniform and the best sweep of every calibration seed that has both."""
+def _finals(results: Sequence[TrialResult]) -> tuple[list[TrialResult], list[TrialResult]]:
+    """The uniform and the best sweep of every calibration seed that has both.
+
+    Raises UserError where either failed for all seeds: uniform never stands for what failed.
+    """
+    done = [result for result in results if result.state == "complete"]
     finals = [result for result in done if result.spec.stage == "final"]
     uniform = {result.spec.calibration.seed: result for result in finals if _is_uniform(result)}
     best = {result.spec.calibration.seed: result for result in finals if not _is_uniform(result)}
-    best = best or uniform
+    failed = [r for r in results if r.spec.stage == "final" and r.state == "failed"]
+    if not best and not any(not _is_uniform(result) for result in failed):
+        best = uniform
     seeds = sorted(uniform.keys() & best.keys())
+    if not seeds and failed:
+        lost = failed[-1]
+        raise UserError(f"the final of {lost.spec.prune.label} failed: {lost.cause}")
     if not seeds:
         raise UserError(
             f"the run has no final comparison yet ({len(done)} trials finished): {GO_ON}"

@@ -19,6 +19,7 @@ from flows.plan import (
     kinds_of_trial,
     next_wave,
     planned_passes,
+    search_trial,
     token_passes,
 )
 from flows.report import Report, write_report
@@ -80,7 +81,7 @@ def describe(cluster: Cluster, spec: Spec) -> ModelRecord:
     """What the model of a spec is made of, and what its allocation measures of it."""
     trials = kinds_of_trial(spec)
     model = cluster.call(describe_model, trials)
-    profile = cluster.call(measure_profile, trials[-1])
+    profile = cluster.call(measure_profile, search_trial(spec, spec.prune, -1))
     return model.model_copy(update={"profile": profile})
 
 
@@ -292,6 +293,11 @@ def pin(spec: Spec) -> Spec:
         raise UserError(MISSING_SOURCE)
     if spec.prune.sparsity == 0:
         raise UserError("prune.sparsity=0 prunes nothing: give the share of zeros, such as 0.6")
+    if spec.prune.pattern[0].isdigit() and spec.prune.allocation != "uniform":
+        raise UserError(
+            f"prune.pattern={spec.prune.pattern} fixes the rate of every matrix: set "
+            "prune.allocation=uniform and the sparsity that it has"
+        )
     if data.cut == "whole" and spec.search.protocol != "paper":
         raise UserError("data.cut='whole' does not keep splits apart: use search.protocol='paper'")
     inspect_checkpoint(

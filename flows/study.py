@@ -61,7 +61,8 @@ class _Study:
         try:
             for result in self.cluster.run(run_trial, self._offers(iter(runs))):
                 work = _work(result.spec)
-                self.finished[work] = result
+                if result.state == "complete":  # a failure may be of this one moment
+                    self.finished[work] = result
                 for run, trial in self.claims.pop(work):
                     self._give(run, trial, result)
         except BaseException as error:

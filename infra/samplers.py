@@ -29,6 +29,7 @@ FIRST_TILTS = (0.0, 0.25, 0.55, -0.25)
 FIRST_SHARES = (0.0, 0.25, 0.55, 0.85)  # the same where uniform is the lowest value there is
 PAPER_STEP = 0.002
 GRID_STEPS = 10
+_INSIDE = 1 - 1e-6  # of the bounds, which gp likes to propose; 0 is uniform, and legal
 RETRY_S = 60.0
 
 Values = Mapping[str, float]
@@ -68,6 +69,7 @@ def propose(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    bounds = {name: (_INSIDE * low, _INSIDE * high) for name, (low, high) in bounds.items()}
     space = _space(bounds)
     if sampler == "cmaes":
         return _replayed(bounds, space, seed, wave, count, history)
@@ -77,7 +79,14 @@ def propose(
     for values in first:  # running trials, which the sampler keeps away from
         study.enqueue_trial(values)
         study.ask(space)
-    return first + [dict(study.ask(space).params) for _ in range(count - len(first))]
+    chance = optuna.create_study(sampler=SAMPLERS["random"](_seed(seed, len(history))))
+    tried = [values for values, _ in history]
+    while len(first) < count:
+        values = dict(study.ask(space).params)
+        if values in tried + first:  # gp keeps to a bound that it believes in
+            values = dict(chance.ask(space).params)
+        first.append(values)
+    return first
 
 
 def _seed(seed: int, tried: int) -> int:
@@ -85,13 +94,9 @@ def _seed(seed: int, tried: int) -> int:
 
 
 def _space(bounds: Bounds) -> dict[str, optuna.distributions.BaseDistribution]:
-    """A little inside of the bounds, which gp likes to propose; 0 is uniform, and legal."""
     from optuna.distributions import FloatDistribution
 
-    most = 1 - 1e-6
-    return {
-        name: FloatDistribution(most * low, most * high) for name, (low, high) in bounds.items()
-    }
+    return {name: FloatDistribution(low, high) for name, (low, high) in bounds.items()}
 
 
 def _replayed(
@@ -108,7 +113,9 @@ def _replayed(
     """
     import optuna
 
-    study = optuna.create_study(sampler=optuna.samplers.CmaEsSampler(seed=seed, popsize=wave))
+    study = optuna.create_study(
+        sampler=optuna.samplers.CmaEsSampler(seed=seed, popsize=max(2, wave))
+    )
     study.add_trial(  # of the same distributions, or none of what follows is taken for its kind
         optuna.trial.create_trial(params=dict(history[0][0]), distributions=space, value=0.0)
     )

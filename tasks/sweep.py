@@ -33,7 +33,7 @@ from tasks.gradients import matrix_gradients
 from tasks.lockstep import Lockstep, Pass, Run, pause, torch_state_set_aside
 from tasks.pruning import method_named, prune_in_place
 from tasks.pruning.inputs import InputStatistics
-from tasks.pruning.patterns import UNSTRUCTURED, budgets
+from tasks.pruning.patterns import UNSTRUCTURED, budgets, settled
 
 
 @dataclass
@@ -102,17 +102,17 @@ class _Sweep:
         self.outcome = Outcome()
         plan = modality.matrices()
         zeros = zeros_per_matrix(rates, [m.params for m in plan])
-        records = iter(
+        asked = [
             m.model_copy(update={"rate": rate, "zeros": z})
             for m, rate, z in zip(plan, rates, zeros, strict=True)
-        )
+        ]
+        flat = [matrix for block in modality.blocks for matrix in block.matrices]
+        chosen = budgets(pattern, asked, [matrix.weight().shape for matrix in flat])
+        self.budgets = dict(zip(flat, chosen, strict=True))
+        records = iter(map(settled, asked, chosen))
         self.plan = [[(m, next(records)) for m in block.matrices] for block in modality.blocks]
         self.pruning = any(zeros)
         self.needs = method_named(method).needs
-        flat = [(matrix, record) for block in self.plan for matrix, record in block]
-        shapes = [matrix.weight().shape for matrix, _ in flat]
-        chosen = budgets(pattern, [record for _, record in flat], shapes)
-        self.budgets = {m: budget for (m, _), budget in zip(flat, chosen, strict=True)}
         self.gradients: dict[Matrix, Tensor] = {}
         self._touched: set[int] = set()
 

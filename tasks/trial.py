@@ -43,7 +43,6 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     _reset_peak_memory(modality.device)
     matrices = modality.matrices()
     plan = plan_of(spec.prune, matrices, spec.profile)
-    per_block = block_rates(matrices, plan.rates, len(modality.blocks))
     calibration = []
     if any(plan.rates):
         calibration = modality.calibration_batches(
@@ -65,6 +64,8 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         keep=spec.checkpoint,
     )
     swept = time.perf_counter()
+    pruned = outcome.matrices or matrices  # none where nothing was to be pruned
+    per_block = block_rates(pruned, [matrix.rate for matrix in pruned], len(modality.blocks))
     where, hashes = "", dict[str, str]()
     if spec.checkpoint:
         try:

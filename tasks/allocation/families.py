@@ -132,10 +132,10 @@ def free(matrices: Matrices, sparsity: float, values: Values, profile: Sequence[
 
 
 def free_parameters(matrices: Matrices) -> list[Parameter]:
-    """One number per block, 0 where its rate is S; the search keeps to half of the room."""
+    """One number per block, 0 where its rate is S; as far up as down."""
 
     def bounds(matrices: Matrices, sparsity: float) -> tuple[float, float]:
-        room = min(sparsity, 1 - sparsity) / 2
+        room = min(sparsity, 1 - sparsity)
         return -room, room
 
     return [Parameter(f"block_{i}", 0.0, bounds) for i in range(len(block_params(matrices)))]

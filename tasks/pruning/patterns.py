@@ -143,6 +143,14 @@ def budgets(
     ]
 
 
+def settled(matrix: MatrixRecord, budget: Budget) -> MatrixRecord:
+    """The record with the rate that its pattern really has."""
+    if budget.group is None:
+        return matrix
+    kept, size = budget.group
+    return matrix.model_copy(update={"rate": 1 - kept / size, "zeros": budget.zeros})
+
+
 def parse_pattern(pattern: str) -> tuple[int | None, int] | None:
     """(N, M) of "N:M"; (None, M) of "N:8", one N per block; None of "unstructured"."""
     if pattern == UNSTRUCTURED:
@@ -161,21 +169,23 @@ def mixed_groups(rates: Sequence[float], params: Sequence[int], size: int) -> li
 
     rates, params: one per block. Each rate is rounded down or up to a multiple of 1 / size below
     one, such that the parameter-weighted mean comes as near to that of `rates` as these choices
-    allow; among those, such that the rates move least.
+    allow; among those, such that the mean up to any block is near as well: equal rates stay level.
     """
     wanted = sum(rate * count for rate, count in zip(rates, params, strict=True)) * size
     sums: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    so_far, scale = 0.0, max(params)
     for rate, count in zip(rates, params, strict=True):
         exact = min(rate * size, size - 1.0)
+        so_far += count * exact
         choices = {int(exact + 1e-9), int(np.ceil(exact - 1e-9))}
         reached: dict[int, tuple[float, tuple[int, ...]]] = {}
         for total, (moved, chosen) in sums.items():
             for zeros in sorted(choices):
-                step = (moved + count * (zeros - exact) ** 2, (*chosen, zeros))
                 key = total + count * zeros
+                step = (round(moved + ((key - so_far) / scale) ** 2, 9), (*chosen, zeros))
                 if key not in reached or step < reached[key]:
                     reached[key] = step
-        if len(reached) > _MOST_SUMS:  # blocks of many sizes: keep those that move rates least
+        if len(reached) > _MOST_SUMS:  # blocks of many sizes: keep those that stay level
             reached = dict(sorted(reached.items(), key=lambda item: item[1])[:_MOST_SUMS])
         sums = reached
     best = min(sums, key=lambda total: (round(abs(total - wanted), 3), sums[total]))

@@ -174,7 +174,7 @@ def test_bent_without_a_bend_is_a_line_and_bends_up_at_the_end() -> None:
 def test_free_has_a_number_for_every_block() -> None:
     matrices = records((10, 10), (20,), (20,))
     prune = PruneSpec(sparsity=0.5, allocation="free")
-    assert bounds_of(prune, matrices) == {f"block_{i}": (-0.25, 0.25) for i in range(3)}
+    assert bounds_of(prune, matrices) == {f"block_{i}": (-0.5, 0.5) for i in range(3)}
     moved = with_values(prune, {"block_0": -0.3, "block_1": 0.0, "block_2": 0.3})
     assert rates_of(moved, matrices, ()) == pytest.approx([0.2, 0.2, 0.5, 0.8])
     moved = with_values(prune, {"block_2": 0.3})
