@@ -70,7 +70,9 @@ def propose(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     bounds = {name: (_INSIDE * low, _INSIDE * high) for name, (low, high) in bounds.items()}
-    space = _space(bounds)
+    space: dict[str, optuna.distributions.BaseDistribution] = {
+        name: optuna.distributions.FloatDistribution(*each) for name, each in bounds.items()
+    }
     if sampler == "cmaes":
         return _replayed(bounds, space, seed, wave, count, history)
     study = optuna.create_study(sampler=SAMPLERS[sampler](_seed(seed, len(history))))
@@ -80,23 +82,16 @@ def propose(
         study.enqueue_trial(values)
         study.ask(space)
     chance = optuna.create_study(sampler=SAMPLERS["random"](_seed(seed, len(history))))
-    tried = [values for values, _ in history]
     while len(first) < count:
         values = dict(study.ask(space).params)
-        if values in tried + first:  # gp keeps to a bound that it believes in
-            values = dict(chance.ask(space).params)
+        if values in first or any(values == earlier for earlier, _ in history):
+            values = dict(chance.ask(space).params)  # gp keeps to a bound that it believes in
         first.append(values)
     return first
 
 
 def _seed(seed: int, tried: int) -> int:
     return (seed * 1_000_003 + tried) % 2**32
-
-
-def _space(bounds: Bounds) -> dict[str, optuna.distributions.BaseDistribution]:
-    from optuna.distributions import FloatDistribution
-
-    return {name: FloatDistribution(low, high) for name, (low, high) in bounds.items()}
 
 
 def _replayed(

@@ -47,7 +47,7 @@ def mean_of(matrices: Matrices, rates: list[float]) -> float:
 models = st.lists(
     st.lists(st.integers(1, 10_000), min_size=1, max_size=4).map(tuple), min_size=2, max_size=8
 ).map(lambda blocks: records(*blocks))
-sparsities = st.floats(0.0, 0.999)
+sparsities = st.just(0.0) | st.floats(0.001, 0.999)
 RATES = ("global", "lamp", "neuronal")  # what these measure are rates already
 
 
