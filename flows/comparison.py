@@ -22,6 +22,7 @@ from flows.plan import ladder, search_trial, token_passes
 from flows.report import page
 from infra.records import TrialResult
 from infra.store import RunStore, write_atomic
+from tasks.allocation import NOT_REPRODUCED
 from tasks.model_card import settings
 from tasks.statistics import mean_loss, plus_minus
 
@@ -42,6 +43,7 @@ def write_comparison(folder: Path) -> Comparison:
         "command": "compare",
         "protocol": store.spec.search.protocol,
         "rows": rows,
+        "not_reproduced": NOT_REPRODUCED,
         "spec": store.spec.model_dump(),
         "provenance": store.provenance,
         "version": store.provenance.get("sparseramp", "checkout"),
