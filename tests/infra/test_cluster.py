@@ -264,8 +264,9 @@ def test_fetch_refuses_what_is_damaged_or_gone(cluster: Cluster, tmp_path: Path)
     with pytest.raises(LostCheckpointError, match="out of reach"):
         cluster.fetch(made.model_copy(update={"node": "0" * 56, "host": "elsewhere"}), best)
     assert best.is_dir()
+    (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):  # no fault of the checkpoint's
-        cluster.fetch(made, tmp_path / "outbox" / "config.json" / "best")
+        cluster.fetch(made, tmp_path / "file" / "best")
 
 
 def test_fetch_after_ray_was_started_again(cluster: Cluster, tmp_path: Path) -> None:
