@@ -123,9 +123,7 @@ class _Mirror:
         file = _uri(self.store).removeprefix("sqlite:///")  # a server has its own place for them
         beside = None if "://" in file else str(Path(file).resolve().parent / "mlartifacts")
         try:
-            # Of this kind, its page opens with the runs.
-            kind = {"mlflow.experimentKind": "custom_model_development"}
-            return str(self.client.create_experiment(name, beside, kind))
+            return str(self.client.create_experiment(name, beside))
         except MlflowException:
             if found := self.client.get_experiment_by_name(name):  # another search was faster
                 return str(found.experiment_id)
