@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from infra.records import BlockError
+from modalities.blocks import hidden_state
 
 
 class ErrorCurve:
@@ -37,19 +37,19 @@ class ErrorCurve:
 
     def dense(self, key: int, output: Any) -> None:
         """Remember the dense output of a batch."""
-        state = hidden_state(output)
+        state = _state(output)
         self._held[key] = (self._hold(state, copy=True),)  # a model may write to it later
 
     def carried(self, key: int, output: Any) -> None:
         """Remember what the dense block gives for the pruned stream; nothing may write to it."""
-        self._held[key] += (self._hold(hidden_state(output), copy=False),)
+        self._held[key] += (self._hold(_state(output), copy=False),)
 
     def pruned(self, key: int, output: Any) -> None:
         """Compare with the pruned output of the same batch, and forget all.
 
         Without `carried` nothing was pruned: the block makes no error.
         """
-        pruned = hidden_state(output)
+        pruned = _state(output)
         dense, *rest = (held.to(pruned.device).float() for held in self._held.pop(key))
         pruned = pruned.float()
         between = rest[0] if rest else pruned
@@ -84,9 +84,7 @@ class ErrorCurve:
         return state.clone() if copy else state
 
 
-def hidden_state(output: Any) -> Tensor:
-    """The first floating tensor of at least three dimensions that a block gives."""
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim >= 3:
-            return leaf
-    raise ValueError("the block's output has no hidden state")
+def _state(output: Any) -> Tensor:
+    state = hidden_state(output)
+    assert state is not None, "blocks are found by their hidden states"
+    return state

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.errors import ErrorCurve, hidden_state
+from modalities.blocks import hidden_state
+from tasks.errors import ErrorCurve
 from tests.tasks.sweeps import PAUSES, TILTED, Batches, Loaded, kept, plain, sweep
 from tests.tasks.test_sweep_toys import CALIBRATION, EVALUATION, Block, toy
 
