@@ -52,10 +52,10 @@ def search(spec: Spec, *, as_json: bool = False) -> Report:
 
 def prune(spec: Spec, *, as_json: bool = False) -> Report:
     """Prune as the spec says, compare with uniform on the report split, save and report."""
-    if spec.prune.allocation == "arithmetic" and spec.prune.beta == 0:
+    if spec.prune.allocation == "arithmetic" and "beta" not in spec.prune.model_fields_set:
         raise UserError(
-            "prune.beta is 0, which is uniform: give the common difference, such as "
-            "prune.beta=0.008, or prune.allocation=uniform"
+            "prune.beta is missing: give the common difference, such as prune.beta=0.008 (0 is "
+            "uniform)"
         )
 
     def plan(spec: Spec, model: ModelRecord, results: Results) -> list[TrialSpec]:
