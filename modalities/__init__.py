@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     import torch
 
     from infra.specs import ModelSpec
-    from modalities.base import Modality
+    from modalities.base import LoadedModality
 
 
-def load(spec: ModelSpec, device: torch.device) -> Modality:
+def load(spec: ModelSpec, device: torch.device) -> LoadedModality:
     """Load a model with the modality that its spec names."""
     from modalities.language import LanguageModality
 

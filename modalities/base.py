@@ -76,7 +76,7 @@ class HeldWeights:
 
 
 class Modality(ABC):
-    """A model on its mapped weights, its blocks, its data and its loss."""
+    """A model, its blocks and its loss: what a sweep works on."""
 
     def __init__(
         self, model: nn.Module, blocks: list[Block], weights: Weights, device: torch.device
@@ -88,18 +88,6 @@ class Modality(ABC):
             parameter.data = parameter.data.to(device)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
-
-    @abstractmethod
-    def calibration_batches(
-        self, data: DataSpec, calibration: CalibrationSpec, *, divisor: int = 1
-    ) -> list[Batch]:
-        """What the pruner sees; `divisor` makes batches smaller, never fewer samples."""
-
-    @abstractmethod
-    def evaluation_batches(
-        self, data: DataSpec, split: Split, windows: int, context: int, *, divisor: int = 1
-    ) -> list[Batch]:
-        """What measures the model."""
 
     @abstractmethod
     def run(self, batch: Batch) -> Any:
@@ -116,14 +104,6 @@ class Modality(ABC):
     @abstractmethod
     def scored_tokens(self, batch: Batch) -> list[int]:
         """Tokens of each window that `losses` averages over."""
-
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write the model as it stands, in the form its own library loads."""
-
-    @abstractmethod
-    def reopen(self, folder: Path) -> Modality:
-        """A saved model that holds its own weights, with the data of this one."""
 
     def attach_block(self, index: int) -> None:
         """Bring a block's dense weights to the device; on the CPU they are mapped already."""
@@ -214,6 +194,30 @@ class Modality(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """The fields of ModelRecord that only the modality knows: context, width, licence..."""
+
+
+class LoadedModality(Modality):
+    """A model that a spec names, with its data, and how it is saved: what a trial works on."""
+
+    @abstractmethod
+    def calibration_batches(
+        self, data: DataSpec, calibration: CalibrationSpec, *, divisor: int = 1
+    ) -> list[Batch]:
+        """What the pruner sees; `divisor` makes batches smaller, never fewer samples."""
+
+    @abstractmethod
+    def evaluation_batches(
+        self, data: DataSpec, split: Split, windows: int, context: int, *, divisor: int = 1
+    ) -> list[Batch]:
+        """What measures the model."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the model as it stands, in the form its own library loads."""
+
+    @abstractmethod
+    def reopen(self, folder: Path) -> LoadedModality:
+        """A saved model that holds its own weights, with the data of this one."""
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

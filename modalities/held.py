@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -140,22 +139,6 @@ class HeldModality(Modality):
     def scored_tokens(self, batch: Batch) -> list[int]:
         """All tokens of a window but its first."""
         return [batch.ids.shape[1] - 1] * batch.ids.shape[0]
-
-    def calibration_batches(self, *_: Any, **__: Any) -> list[Batch]:
-        """What it was given."""
-        return list(self.calibration)
-
-    def evaluation_batches(self, *_: Any, **__: Any) -> list[Batch]:
-        """There is no text here."""
-        raise NotImplementedError("a held model has no text of its own")
-
-    def save(self, folder: Path) -> None:
-        """Its owner saves it."""
-        raise NotImplementedError("a held model is saved by its owner")
-
-    def reopen(self, folder: Path) -> Modality:
-        """Its owner loads it."""
-        raise NotImplementedError("a held model is loaded by its owner")
 
     def facts(self) -> dict[str, Any]:
         """Nothing is known of its context."""

@@ -31,7 +31,7 @@ from infra.records import Split
 from infra.sources import cache_dir, fetch
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
 from infra.weights import MappedWeights, save_mapped
-from modalities.base import Batch, HeldWeights, Modality, Weights, resolve_dtype
+from modalities.base import Batch, HeldWeights, LoadedModality, Weights, resolve_dtype
 from modalities.blocks import Block, find_blocks
 from modalities.text import adds_bos, cut_windows, shuffled
 
@@ -42,7 +42,7 @@ _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 _HEAD_ROWS = 512  # logits turned to float32 at once
 
 
-class LanguageModality(Modality):
+class LanguageModality(LoadedModality):
     """A causal language model; its loss is nats per token."""
 
     def __init__(

@@ -23,7 +23,7 @@ from infra.records import TrialSpec
 from infra.sources import cache_dir, sha256_of
 
 if TYPE_CHECKING:
-    from modalities.base import Batch, Modality
+    from modalities.base import Batch, LoadedModality
     from tasks.sweep import Outcome
 
 SPARSITY_FILE = "sparsity.json"
@@ -31,7 +31,7 @@ FORGOTTEN_S = 24 * 3600  # a driver that lives fetches a checkpoint long before
 
 
 def save_checkpoint(
-    modality: Modality,
+    modality: LoadedModality,
     spec: TrialSpec,
     rates: Sequence[float],
     outcome: Outcome,
@@ -87,7 +87,7 @@ def _remove_forgotten(outbox: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _verify(modality: Modality, folder: Path, outcome: Outcome, batch: Batch) -> None:
+def _verify(modality: LoadedModality, folder: Path, outcome: Outcome, batch: Batch) -> None:
     import torch
 
     saved = modality.reopen(folder)

@@ -23,9 +23,9 @@ from tasks.allocation import block_rates, check_rates, measure_rates, plan_of, t
 if TYPE_CHECKING:
     import torch
 
-    from modalities.base import Batch, Modality
+    from modalities.base import Batch, LoadedModality
 
-_loaded: dict[tuple[ModelSpec, str], Modality] = {}  # at most one: a worker serves one model
+_loaded: dict[tuple[ModelSpec, str], LoadedModality] = {}  # at most one: a worker serves one model
 
 
 def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
@@ -155,7 +155,7 @@ def time_dense(spec: TrialSpec, *, batch_divisor: int = 1) -> tuple[int, float]:
     return sum(result.tokens), result.cost.sweep_s
 
 
-def loaded(spec: ModelSpec) -> Modality:
+def loaded(spec: ModelSpec) -> LoadedModality:
     """The model, from this process's memory where it is there."""
     import torch
 
@@ -171,7 +171,7 @@ def loaded(spec: ModelSpec) -> Modality:
     return _loaded[key]
 
 
-def _dense_loss(modality: Modality, batch: Batch) -> list[float]:
+def _dense_loss(modality: LoadedModality, batch: Batch) -> list[float]:
     import torch
 
     from tasks.sweep import sweep

@@ -16,9 +16,10 @@ from flows.study import drive
 from infra.cluster import Cluster
 from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
-from infra.specs import CalibrationSpec, DataSpec, ModelSpec, PruneSpec, load_spec, parse_spec
+from infra.specs import load_spec, parse_spec
 from tests.flows.commands import run, write_project
 from tests.flows.test_report import make_model, make_run, make_spec
+from tests.infra.trials import trial
 
 LISTS = """
 [compare]
@@ -134,20 +135,6 @@ def test_published_numbers_stand_beside_the_measured() -> None:
     assert "<th>published</th>" in page and "<td>22.2</td>" in page
     plain = render(build_report(make_spec(), make_model(), make_run(), 1.0))
     assert "<th>published</th>" not in plain
-
-
-def trial(number: int, what: str) -> TrialSpec:
-    return TrialSpec(
-        number=number,
-        stage="search",
-        model=ModelSpec(source=what),
-        data=DataSpec(source="text.txt"),
-        calibration=CalibrationSpec(),
-        prune=PruneSpec(),
-        split="selection",
-        windows=2,
-        context=512,
-    )
 
 
 class Waves:

@@ -24,8 +24,8 @@ from infra.cluster import Cluster, LostCheckpointError, connect
 from infra.environment import CHECKOUT
 from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
-from infra.specs import CalibrationSpec, ClusterSpec, DataSpec, ModelSpec, PruneSpec
-from tests.infra.trials import act, environment, measure, refuse
+from infra.specs import CalibrationSpec, ClusterSpec, ModelSpec
+from tests.infra.trials import act, environment, measure, refuse, trial
 
 SMALL = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
 
@@ -42,20 +42,6 @@ def address() -> Iterator[str]:
 def cluster(address: str) -> Iterator[Cluster]:
     with connect(ClusterSpec(address=address)) as cluster:
         yield cluster
-
-
-def trial(number: int, what: str) -> TrialSpec:
-    return TrialSpec(
-        number=number,
-        stage="search",
-        model=ModelSpec(source=what),
-        data=DataSpec(source="text.txt"),
-        calibration=CalibrationSpec(),
-        prune=PruneSpec(),
-        split="selection",
-        windows=2,
-        context=512,
-    )
 
 
 def run(cluster: Cluster, *what: str) -> list[TrialResult]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from infra.errors import UserError
 from infra.records import Cost, TrialResult, TrialSpec
+from infra.specs import CalibrationSpec, DataSpec, ModelSpec, PruneSpec
 
 loaded: list[int] = []  # what a worker keeps between its trials
 
@@ -47,6 +48,21 @@ def act(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         tokens=[1],
         cost=Cost(peak_memory_bytes=len(loaded)),
         device=str(os.getpid()),
+    )
+
+
+def trial(number: int, what: str) -> TrialSpec:
+    """A trial that says in `model.source` what it does."""
+    return TrialSpec(
+        number=number,
+        stage="search",
+        model=ModelSpec(source=what),
+        data=DataSpec(source="text.txt"),
+        calibration=CalibrationSpec(),
+        prune=PruneSpec(),
+        split="selection",
+        windows=2,
+        context=512,
     )
 
 

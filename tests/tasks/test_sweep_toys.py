@@ -38,18 +38,6 @@ class Toy(Modality):
     def scored_tokens(self, batch: Batch) -> list[int]:
         return [batch.ids.shape[1] - 1] * batch.ids.shape[0]
 
-    def calibration_batches(self, *_: Any, **__: Any) -> list[Batch]:
-        raise NotImplementedError
-
-    def evaluation_batches(self, *_: Any, **__: Any) -> list[Batch]:
-        raise NotImplementedError
-
-    def save(self, folder: Path) -> None:
-        raise NotImplementedError
-
-    def reopen(self, folder: Path) -> Modality:
-        raise NotImplementedError
-
     def facts(self) -> dict[str, Any]:
         return {"context": 100, "adds_bos": False}
 
