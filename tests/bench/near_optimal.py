@@ -1,21 +1,22 @@
 """How much of what free block rates could gain does the line reach?
 
-    python tests/bench/near_optimal.py [--json] [--sparsity 0.6] [--scouts 200]
+    python tests/bench/near_optimal.py [--json] [--sparsity 0.6] [--times 20]
 
-Uniform, the searched line, and a free search over all block rates (CMA-ES at scout fidelity), all
-measured on the report split with the same calibration; and the line's rates reversed and in five
-random orders, which have the same rates at other depths. Trials are kept in --out, so that the same
-command goes on where it was stopped.
+Uniform, the searched line, and a free search over all block rates (CMA-ES at scout fidelity, with
+--times the token passes of the line's search), all measured on the report split with the same
+calibration; and the line's rates reversed and in five random orders, which have the same rates at
+other depths. Trials are kept in --out, so that the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from pathlib import Path
 
-from flows.plan import final_wave, next_wave, search_trial
+from flows.plan import final_wave, next_wave, search_trial, token_passes
 from infra.environment import reuse_freed_memory
 from infra.records import ModelRecord, TrialResult
 from infra.specs import PruneSpec, Spec, load_spec
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--scouts", type=int, default=200, help="of the free search")
+    parser.add_argument("--times", type=float, default=20, help="budget of the free search")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-near-optimal.jsonl"))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -44,14 +45,16 @@ def main() -> None:
         "evaluation.calibration_seeds=1",
     ]
     line_spec = load_spec("flows/specs/quickstart.toml", sizes)
+    scout = search_trial(line_spec, line_spec.prune, 0)
+    model = describe_model([scout])
+    kept = Kept(options.out)
+    line, line_passes = search(kept, line_spec, model)
+    scouts = math.ceil(options.times * line_passes / token_passes(scout))
     free_spec = load_spec(
         "flows/specs/quickstart.toml",
-        [*sizes, "prune.allocation=free", f"search.scouts={options.scouts}", "search.wave=10"],
+        [*sizes, "prune.allocation=free", f"search.scouts={scouts}", "search.wave=10"],
     )
-    model = describe_model([search_trial(line_spec, line_spec.prune, 0)])
-    kept = Kept(options.out)
-    line, line_trials = search(kept, line_spec, model)
-    free, free_trials = search(kept, free_spec, model)
+    free, free_passes = search(kept, free_spec, model)
     rates = block_rates_of(line, model)
     orders = {"line reversed": rates[::-1]}
     for seed in range(5):
@@ -63,11 +66,11 @@ def main() -> None:
     }
     measured: dict[str, TrialResult] = {}
     for name, prune in candidates.items():
-        uniform, best = (
+        sides = [
             kept.run(trial.model_copy(update={"error_curves": False, "checkpoint": False}))
             for trial in final_wave(line_spec, prune, {})
-        )
-        measured |= {"uniform": uniform, name: best}
+        ]
+        measured |= {"uniform": sides[0], name: sides[-1]}
     gains = {
         name: paired_difference([measured["uniform"].losses], [result.losses], result.tokens)
         for name, result in measured.items()
@@ -77,19 +80,19 @@ def main() -> None:
         share = gain.mean / gains["free"].mean
         loss = measured[name].loss
         print(f"{name:<16}{loss:>8.4f}{gain.mean:>+9.4f}{gain.stderr:>8.4f}{share:>15.2f}")
-    print(f"search trials: line {line_trials}, free {free_trials}")
+    print(f"search, in token passes: line {line_passes:,}, free {free_passes:,} ({scouts} scouts)")
     if options.json:
         answer = {name: {"gain": g.mean, "stderr": g.stderr} for name, g in gains.items()}
-        sizes_of = {"sparsity": options.sparsity, "line": line_trials, "free": free_trials}
+        sizes_of = {"sparsity": options.sparsity, "line": line_passes, "free": free_passes}
         print(json.dumps(sizes_of | {"gains": answer, "line_rates": rates}))
 
 
 def search(kept: Kept, spec: Spec, model: ModelRecord) -> tuple[PruneSpec, int]:
-    """The best candidate, and how many trials were spent on it."""
+    """The best candidate, and the token passes that were spent on it."""
     results: dict[int, TrialResult] = {}
     while (wave := next_wave(spec, model, results))[0].stage == "search":
         results |= {trial.number: kept.run(trial) for trial in wave}
-    return wave[-1].prune, len(results)
+    return wave[-1].prune, sum(token_passes(result.spec) for result in results.values())
 
 
 def block_rates_of(prune: PruneSpec, model: ModelRecord) -> list[float]:
