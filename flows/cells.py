@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.specs import CompareSpec, PruneSpec, Spec
-from tasks.allocation import ALLOCATIONS
+from tasks.allocation import ALLOCATIONS, NOT_REPRODUCED, allocation_named
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,18 @@ class Cell:
 
 
 def cells_of(spec: Spec, folder: Path | None = None) -> list[Cell]:
-    """All cells, those of one model together, so that a worker loads it once."""
+    """All cells, those of one model together, so that a worker loads it once.
+
+    Raises UserError for an allocation that is misspelt; one that is not reproduced has its cells.
+    """
     compare, prune = spec.compare, spec.prune
     folder = folder or Path(spec.run.dir)
     models = _named(compare.models or [spec.model.source])
     methods = _named(compare.methods or [prune.method])
     allocations = _named(compare.allocations or [prune.allocation])
+    for allocation in allocations.values():
+        if allocation not in NOT_REPRODUCED:
+            allocation_named(allocation)
     sparsities = dict.fromkeys(compare.sparsities or [prune.sparsity])
     return [
         Cell(

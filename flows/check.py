@@ -3,49 +3,84 @@
     sparseramp check flows/specs/quickstart.toml
 
 Every source is resolved and read, the model is loaded where a trial would load it, and its dense
-loss is compared with a plain loop's. Nothing is pruned.
+loss is compared with a plain loop's. Nothing is pruned. Of a comparison, the first model is shown,
+and the time of all cells; a cell that would be refused is named with the reason.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from flows.cells import Cell, cells_of
 from flows.live import duration
-from flows.plan import kinds_of_trial, ladder, planned_passes, token_passes, waves_left
+from flows.plan import (
+    kinds_of_trial,
+    ladder,
+    planned_passes,
+    search_trial,
+    token_passes,
+    waves_left,
+)
 from flows.search import pin
-from infra.cluster import connect
+from infra.cluster import Cluster, connect
+from infra.errors import UserError
 from infra.records import ModelRecord, TrialSpec
-from infra.specs import Spec
-from tasks.allocation import bounds_of
-from tasks.trial import describe_model, time_dense
+from infra.specs import PruneSpec, Spec
+from tasks.allocation import allocation_named, bounds_of, check_rates
+from tasks.trial import check_names, describe_model, measure_profile, time_dense
 
 
 def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
     """Print the plan of a search and return it; raises UserError where it could not run."""
-    pinned = pin(spec)
-    trials = kinds_of_trial(pinned)
+    cells = cells_of(spec) if spec.compare.varies else [Cell("", "", spec)]
+    if len(cells) == 1:
+        pin(spec)  # what cannot be read is refused before Ray is started
+    found: dict[str, _Found | UserError] = {}  # by the model's source
+    refused: dict[str, str] = {}
+    passes, seconds, memory = 0, 0.0, 0
     with connect(spec.cluster) as cluster:
-        model = cluster.call(describe_model, trials)
-        tokens, seconds = cluster.call(time_dense, trials[0])
         where = cluster.describe()
+        cluster.call(check_names, sorted({cell.spec.prune.method for cell in cells}))
+        for cell in cells:
+            if cell.spec.model.source not in found:
+                found[cell.spec.model.source] = _look(cell.spec, cluster, alone=len(cells) == 1)
+            look = found[cell.spec.model.source]
+            try:
+                if isinstance(look, UserError):
+                    raise look
+                _try_rates(cell.spec, look, cluster)
+            except UserError as error:
+                refused[cell.name] = str(error)
+                continue
+            passes += planned_passes(cell.spec, look.model, {})
+            in_turn = _passes_in_turn(cell.spec, look.model, where["parallel"])
+            seconds += in_turn * look.seconds_per_token
+            memory = max(memory, *(_memory(look.model, t) for t in kinds_of_trial(cell.spec)))
+    shown = next((look for look in found.values() if isinstance(look, _Found)), None)
+    if shown is None or len(refused) == len(cells):
+        raise UserError(next(iter(refused.values())))
+    model, data = shown.model, shown.spec.data
     answer = {
         "model": model.model_dump(exclude={"matrices"}),
         "blocks": [_block(model, index) for index in range(len(model.blocks))],
         "sources": {
-            "model": pinned.model.source,
-            **{s: pinned.data.source_of(s) for s in ("calibration", "selection", "report")},
+            "model": shown.spec.model.source,
+            **{s: data.source_of(s) for s in ("calibration", "selection", "report")},
         },
-        "numbers": bounds_of(spec.prune, model.matrices),
+        "numbers": bounds_of(spec.prune, model.matrices) if len(cells) == 1 else {},
         "rungs": [vars(rung) for rung in ladder(spec)],
-        "token_passes": planned_passes(spec, model, {}),
-        "seconds": _passes_in_turn(spec, model, where["parallel"]) * seconds / tokens,
-        "memory_bytes": max(_memory(model, trial) for trial in trials),
+        "cells": len(cells),
+        "refused": refused,
+        "token_passes": passes,
+        "seconds": seconds,
+        "memory_bytes": memory,
         "cluster": where,
     }
     if as_json:
@@ -53,6 +88,37 @@ def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
     else:
         _print(spec, model, answer)
     return answer
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A model as a worker found it; `spec` is pinned to its revision."""
+
+    spec: Spec
+    model: ModelRecord
+    seconds_per_token: float
+
+
+def _look(spec: Spec, cluster: Cluster, *, alone: bool) -> _Found | UserError:
+    """What there is to see of a model; of one of many cells, without what it would prune."""
+    try:
+        pinned = pin(spec)
+        kept = pinned.prune if alone else PruneSpec(sparsity=pinned.prune.sparsity, method="wanda")
+        trials = kinds_of_trial(pinned.model_copy(update={"prune": kept}))
+        model = cluster.call(describe_model, trials)
+        tokens, seconds = cluster.call(time_dense, trials[0])
+    except UserError as error:
+        return error
+    return _Found(pinned, model, seconds / tokens)
+
+
+def _try_rates(spec: Spec, look: _Found, cluster: Cluster) -> None:
+    """Raise UserError where an allocation has no rates; those that cost a pass are not measured."""
+    check_rates(spec.prune, look.model.matrices)
+    allocation = allocation_named(spec.prune.allocation)
+    if allocation.measure is not None and allocation.cost == "none":  # a file
+        pinned = look.spec.model_copy(update={"prune": spec.prune})
+        cluster.call(measure_profile, search_trial(pinned, spec.prune, -1))
 
 
 def _block(model: ModelRecord, index: int) -> dict[str, Any]:
@@ -107,7 +173,7 @@ def _print(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> None:
         + (f"; never pruned, in no product: {', '.join(model.unseen)}" if model.unseen else ""),
         **answer["sources"],
         "dense loss": f"{model.dense_loss:.4f} nats/token, equal to a plain loop's",
-        "allocation": f"{spec.prune.allocation} at {100 * spec.prune.sparsity:g} % sparsity",
+        **_what(spec, answer),
         **{name: _inside(*bounds) for name, bounds in answer["numbers"].items()},
         "rungs": f"{rungs} (calibration + selection windows)",
         "time": f"about {duration(answer['seconds'])} for {answer['token_passes']:,} token passes",
@@ -122,6 +188,19 @@ def _print(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> None:
     for name, value in lines.items():
         facts.add_row(name, value)
     console.print(facts)
+
+
+def _what(spec: Spec, answer: dict[str, Any]) -> dict[str, str]:
+    """What is pruned how: one allocation, or the cells of a comparison and those refused."""
+    if answer["cells"] == 1:
+        return {
+            "allocation": f"{spec.prune.allocation} at {100 * spec.prune.sparsity:g} % sparsity"
+        }
+    causes: dict[str, list[str]] = {}
+    for name, cause in answer["refused"].items():
+        causes.setdefault(cause, []).append(name)
+    refused = {f"refused {', '.join(names)}": cause for cause, names in causes.items()}
+    return {"cells": str(answer["cells"]), **refused}
 
 
 def _inside(low: float, high: float) -> str:

@@ -30,8 +30,8 @@ from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.specs import Spec
 from infra.store import RunStore
-from tasks.allocation import ALLOCATIONS, NOT_REPRODUCED, allocation_named, bounds_of
-from tasks.trial import describe_model, measure_profile
+from tasks.allocation import ALLOCATIONS, allocation_named, bounds_of
+from tasks.trial import check_names, describe_model, measure_profile
 
 
 def compare(spec: Spec, *, as_json: bool = False) -> Comparison:
@@ -40,8 +40,6 @@ def compare(spec: Spec, *, as_json: bool = False) -> Comparison:
     Raises UserError for what holds for all cells; what holds for one is in its row.
     """
     cells = cells_of(spec)
-    for name in {cell.spec.prune.allocation for cell in cells} - NOT_REPRODUCED.keys():
-        allocation_named(name)  # a name that is misspelt is refused, not a row
     console = Console(stderr=as_json, quiet=as_json, highlight=False)
     with ExitStack() as stack:
         store = stack.enter_context(RunStore.open(spec, "compare"))
@@ -52,6 +50,8 @@ def compare(spec: Spec, *, as_json: bool = False) -> Comparison:
             progress = stack.enter_context(_progress(console))
             task = progress.add_task("starting", total=len(cells), completed=len(cells) - len(todo))
             shared.cluster = stack.enter_context(connect(spec.cluster))
+            methods = sorted({cell.spec.prune.method for cell in todo})
+            shared.cluster.call(check_names, methods)  # one that is misspelt is no row
             views = {cell.name: _CellView(cell, progress, task) for cell in todo}
             runs = _runs(todo, shared, views, stack)
             drive(shared.cluster, runs, shared.known, keep_going=True)

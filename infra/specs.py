@@ -168,6 +168,11 @@ class CompareSpec(Frozen):
     )
     checkpoints: bool = Field(False, description="every cell saves its pruned model")
 
+    @property
+    def varies(self) -> bool:
+        """Whether anything is listed."""
+        return any((self.models, self.methods, self.allocations, self.sparsities))
+
 
 class ClusterSpec(Frozen):
     """Where trials run. Never changes a result, so it may differ when a run is resumed."""

@@ -103,6 +103,14 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     )
 
 
+def check_names(methods: Sequence[str]) -> None:
+    """Raise UserError at a name that no pruning method has."""
+    from tasks.pruning import method_named
+
+    for name in methods:
+        method_named(name)
+
+
 def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> ModelRecord:
     """Load the model and the text of some trials, and say what the model is made of.
 

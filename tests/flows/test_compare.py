@@ -4,11 +4,13 @@ python -m pytest tests/flows/test_compare.py
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from flows.cells import cells_of
 from flows.report import build_report, render
@@ -42,6 +44,11 @@ def test_a_comparison_end_to_end(tmp_path: Path) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text('{"no.such.matrix": 0.5}')
     spec.write_text(spec.read_text() + LISTS.format(broken=broken))
+    checked = run("check", spec, *SMALL, cache=tmp_path / "cache")
+    assert checked.returncode == 0, checked.stderr
+    plan = json.loads(checked.stdout)
+    assert plan["cells"] == 16
+    assert [name.split("_")[2] for name in plan["refused"]] == ["broken", "als"] * 4
     done = run("compare", spec, *SMALL, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
@@ -90,6 +97,36 @@ def test_a_comparison_end_to_end(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert {f: f.stat().st_mtime_ns for f in folder.glob("*/trials/*.json")} == stamps
     assert json.loads(again.stdout)["rows"] == rows
+
+
+@pytest.mark.timeout(300)
+def test_a_model_that_overflows_is_rows_with_the_cause(tmp_path: Path) -> None:
+    """Of two models one gives infinite losses: its cells say so, the other's are finished."""
+    spec = write_project(tmp_path)
+    shutil.copytree(tmp_path / "model", tmp_path / "loud")
+    tensors = load_file(tmp_path / "loud" / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("inf")
+    save_file(tensors, tmp_path / "loud" / "model.safetensors", metadata={"format": "pt"})
+    models = [str(tmp_path / name) for name in ("loud", "model")]
+    lists = ('compare.allocations=["uniform", "lamp"]', f"compare.models={json.dumps(models)}")
+    done = run("compare", spec, *SMALL, *lists, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["model"], row["state"]) for row in rows] == [
+        ("loud", "refused"),
+        ("loud", "refused"),
+        ("model", "complete"),
+        ("model", "complete"),
+    ]
+    assert "nan" in rows[0]["cause"] and rows[0]["cause"] == rows[1]["cause"]
+
+
+def test_a_misspelt_name_is_refused_not_a_row(tmp_path: Path) -> None:
+    spec = write_project(tmp_path)
+    for list_, name, known in (("methods", "wandaa", "wanda"), ("allocations", "owll", "owl")):
+        done = run("compare", spec, f'compare.{list_}=["{name}"]', cache=tmp_path / "cache")
+        assert done.returncode == 2
+        assert f"'{name}': did you mean '{known}'?" in done.stderr
 
 
 def test_cells_have_names_that_a_file_may_have(tmp_path: Path) -> None:
