@@ -4,8 +4,9 @@
 
 Uniform, the searched line, and a free search over all block rates (CMA-ES at scout fidelity, with
 --times the token passes of the line's search), all measured on the report split with the same
-calibration; and the line's rates reversed and in five random orders, which have the same rates at
-other depths. Trials are kept in --out, so that the same command goes on where it was stopped.
+calibration; a line with a bend, the family of two numbers, searched as usual; and the line's rates
+reversed and in five random orders, which have the same rates at other depths. Trials are kept in
+--out, so that the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -55,12 +56,15 @@ def main() -> None:
         [*sizes, "prune.allocation=free", f"search.scouts={scouts}", "search.wave=10"],
     )
     free, free_passes = search(kept, free_spec, model)
+    bent_spec = load_spec("flows/specs/quickstart.toml", [*sizes, "prune.allocation=bent"])
+    bent, bent_passes = search(kept, bent_spec, model)
     rates = block_rates_of(line, model)
     orders = {"line reversed": rates[::-1]}
     for seed in range(5):
         orders[f"random order {seed}"] = random.Random(seed).sample(rates, len(rates))
     candidates = {
         "line": line,
+        "bent": bent,
         "free": free,
         **{name: as_free(line, order) for name, order in orders.items()},
     }
@@ -80,10 +84,11 @@ def main() -> None:
         share = gain.mean / gains["free"].mean
         loss = measured[name].loss
         print(f"{name:<16}{loss:>8.4f}{gain.mean:>+9.4f}{gain.stderr:>8.4f}{share:>15.2f}")
-    print(f"search, in token passes: line {line_passes:,}, free {free_passes:,} ({scouts} scouts)")
+    passes = {"line": line_passes, "bent": bent_passes, "free": free_passes}
+    print("search, in token passes:", ", ".join(f"{n} {p:,}" for n, p in passes.items()))
     if options.json:
         answer = {name: {"gain": g.mean, "stderr": g.stderr} for name, g in gains.items()}
-        sizes_of = {"sparsity": options.sparsity, "line": line_passes, "free": free_passes}
+        sizes_of = {"sparsity": options.sparsity, "passes": passes, "scouts": scouts}
         print(json.dumps(sizes_of | {"gains": answer, "line_rates": rates}))
 
 
