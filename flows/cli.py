@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _search(options: argparse.Namespace) -> None:
-    from infra.specs import load_spec
+    from infra.spec_files import load_spec
 
     suffix = "" if options.name == "search" else f"-{options.name}"  # each keeps its own run
     spec = load_spec(options.spec, options.overrides, run_suffix=suffix)
@@ -94,7 +94,7 @@ def _search(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from infra.specs import load_spec
+    from infra.spec_files import load_spec
 
     spec = load_spec(options.spec, options.overrides)
     from flows.compare import compare
@@ -138,7 +138,7 @@ def _show_comparison(comparison: dict[str, Any], run: str, as_json: bool) -> Non
 
 
 def _check(options: argparse.Namespace) -> None:
-    from infra.specs import load_spec
+    from infra.spec_files import load_spec
 
     spec = load_spec(options.spec, options.overrides)
     from flows.check import check

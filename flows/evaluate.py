@@ -11,7 +11,8 @@ from typing import Any
 
 from infra.errors import UserError
 from infra.records import TrialSpec
-from infra.specs import Spec, apply_overrides, parse_spec
+from infra.spec_files import apply_overrides, parse_spec
+from infra.specs import Spec
 from tasks.checkpoint import SPARSITY_FILE
 from tasks.statistics import bits_per_byte, perplexity, plus_minus
 

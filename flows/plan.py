@@ -86,6 +86,7 @@ def final_wave(
             split="report",
             windows=spec.evaluation.report_windows,
             context=spec.evaluation.context,
+            **_tasks(spec, spec.evaluation.tasks),
             error_curves=repeat == 0,
             checkpoint=repeat == 0 and candidate is sides[-1],
         )
@@ -112,6 +113,7 @@ def search_trial(
         split="report" if spec.search.protocol == "paper" else "selection",
         windows=fidelity.windows,
         context=spec.evaluation.context,
+        **_tasks(spec, [task] if (task := spec.search.objective.rpartition("/")[0]) else []),
     )
 
 
@@ -186,7 +188,7 @@ def _scouts(spec: Spec, model: ModelRecord, results: Results) -> list[TrialSpec]
         history=[
             (
                 {name: r.numbers.get(name, 0.0) for name in bounds},
-                r.loss if r.state == "complete" else None,
+                r.objective_mean(spec.search.objective) if r.state == "complete" else None,
             )
             for r in tried
         ],
@@ -206,9 +208,12 @@ def _climb(spec: Spec, results: Results) -> tuple[PruneSpec, list[TrialSpec]]:
         raise UserError(
             f"all {len(results)} candidates failed, the first with: {results[first].cause}"
         )
-    ranked = sorted(complete, key=lambda result: (result.loss, result.spec.number))
+    name = spec.search.objective
+    ranked = sorted(complete, key=lambda r: (r.objective_mean(name), r.spec.number))
     best = ranked[0]
-    rivals = [r for r in ranked if r is best or not ruled_out(r.losses, best.losses)]
+    rivals = [
+        r for r in ranked if r is best or not ruled_out(r.objective(name), best.objective(name))
+    ]
     finals = any(result.spec.stage == "final" for result in results.values())
     if finals or len(rivals) < 2 or reached + 1 >= len(ladder(spec)):
         return best.spec.prune, []
@@ -222,6 +227,18 @@ def _is(result: TrialResult, rung: int) -> bool:
 
 def _at(prune: PruneSpec, values: Mapping[str, float]) -> PruneSpec:
     return with_values(prune, values) if any(values.values()) else _uniform(prune)
+
+
+def _tasks(spec: Spec, tasks: list[str]) -> dict[str, Any]:
+    """The fields of a trial that name tasks, empty where there are none."""
+    if not tasks:
+        return {}
+    evaluation = spec.evaluation
+    return {
+        "tasks": tasks,
+        "task_rows": evaluation.task_rows,
+        "task_data": evaluation.task_data,
+    }
 
 
 def _uniform(prune: PruneSpec) -> PruneSpec:

@@ -27,7 +27,7 @@ from flows.study import drive
 from infra import tracking
 from infra.checkpoints import inspect_checkpoint
 from infra.cluster import Cluster, LostCheckpointError, connect
-from infra.documents import corpus_sha256, documents
+from infra.documents import data_sha256
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import StudyMirror
@@ -202,9 +202,12 @@ class Run:
             self.spec = self.spec.model_copy(update=first)
         model = self._model = self.store.model() or self._describe()
         for split in ("calibration", "selection", "report"):
-            if corpus_sha256(documents(self.spec.data, split)) != model.data_sha256[split]:
+            if (
+                data_sha256(self.spec.model.modality, self.spec.data, split)
+                != model.data_sha256[split]
+            ):
                 raise UserError(
-                    f"the text of data.{split} has changed since {self.store.dir} was started: "
+                    f"what data.{split} holds has changed since {self.store.dir} was started: "
                     "restore it or choose another run.dir"
                 )
         check_rates(self.spec.prune, model.matrices)  # an infeasible beta is refused here

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from infra.errors import UserError
 from infra.sources import cache_dir, fetch
-from infra.specs import DataSpec
+from infra.specs import DataSpec, Modality
 
 Split = Literal["calibration", "selection", "report"]
 
@@ -71,6 +71,15 @@ def whole_text(source: str, column: str = "text") -> str:
     if not _titles(text.split("\n")):
         return text
     return "\n\n".join(line if line.strip() else "" for line in text.splitlines(keepends=True))
+
+
+def data_sha256(modality: Modality, data: DataSpec, split: Split) -> str:
+    """A fingerprint of what a split holds: documents, or images with what is known of each."""
+    if modality == "language":
+        return corpus_sha256(documents(data, split))
+    from infra.images import examples_sha256
+
+    return examples_sha256(data, split)
 
 
 def corpus_sha256(corpus: list[str]) -> str:

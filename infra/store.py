@@ -32,7 +32,8 @@ from pydantic import TypeAdapter, ValidationError
 from infra.errors import UserError
 from infra.provenance import provenance
 from infra.records import ModelRecord, TrialResult, TrialSpec
-from infra.specs import Spec, changed_keys, parse_spec, toml_value
+from infra.spec_files import changed_keys, parse_spec, toml_value
+from infra.specs import Spec
 
 VERSION = 1
 TEMP_PREFIX = ".tmp-"  # whatever begins so, file or folder, is removed when a run is opened

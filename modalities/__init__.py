@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,10 +11,15 @@ if TYPE_CHECKING:
     from infra.specs import ModelSpec
     from modalities.base import LoadedModality
 
+MODALITIES = {
+    "language": ("modalities.language", "LanguageModality"),
+    "vision": ("modalities.vision", "VisionModality"),
+    "multimodal": ("modalities.multimodal", "MultimodalModality"),
+}
+
 
 def load(spec: ModelSpec, device: torch.device) -> LoadedModality:
     """Load a model with the modality that its spec names."""
-    from modalities.language import LanguageModality
-
-    modalities = {"language": LanguageModality}
-    return modalities[spec.modality].load(spec, device)
+    module, name = MODALITIES[spec.modality]
+    chosen: type[LoadedModality] = getattr(import_module(module), name)
+    return chosen.load(spec, device)

@@ -14,31 +14,43 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from infra.errors import UserError
 from infra.records import MatrixRecord, ModelRecord, Split
-from infra.specs import CalibrationSpec, DataSpec
+from infra.specs import CalibrationSpec, DataSpec, ModelSpec
 from modalities.blocks import Block
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward: `windows` rows of `ids`; `bytes` of the scored text in each."""
+    """Inputs of one forward: windows of text are rows of `ids`, with `bytes` of scored text each.
+
+    Other modalities extend it; `ids` then holds pixels or what else has a row per window.
+    """
 
     ids: Tensor
     bytes: tuple[int, ...]
 
     @property
+    def windows(self) -> int:
+        """How many windows there are: texts, images or questions."""
+        return self.ids.shape[0]
+
+    @property
     def tokens(self) -> int:
         """Tokens that pass every block."""
         return self.ids.numel()
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Some of the windows."""
+        return replace(self, ids=self.ids[start:stop], bytes=self.bytes[start:stop])
 
 
 class Weights(Protocol):
@@ -96,6 +108,10 @@ class Modality(ABC):
     @abstractmethod
     def losses(self, batch: Batch) -> list[float]:
         """One forward; nats per scored token of each window."""
+
+    def measure(self, batch: Batch) -> tuple[list[float], dict[str, list[float]]]:
+        """One forward; `losses`, and what else is scored of each window, the higher the better."""
+        return self.losses(batch), {}
 
     def window_losses(self, batch: Batch) -> list[Tensor]:
         """`losses` as tensors, for what asks for their gradients."""
@@ -198,6 +214,11 @@ class Modality(ABC):
 
 class LoadedModality(Modality):
     """A model that a spec names, with its data, and how it is saved: what a trial works on."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, spec: ModelSpec, device: torch.device) -> LoadedModality:
+        """Convert a checkpoint where this node has not yet, then map it."""
 
     @abstractmethod
     def calibration_batches(

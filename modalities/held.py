@@ -31,6 +31,10 @@ class HeldBatch(Batch):
 
     inputs: Mapping[str, Any] = field(default_factory=dict)
 
+    def rows(self, start: int, stop: int) -> HeldBatch:
+        """All of it: what of the inputs belongs to a window is not known."""
+        return self
+
 
 class HeldModality(Modality):
     """A plain model and its inputs; use it in a `with`.

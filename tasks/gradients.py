@@ -41,9 +41,8 @@ def matrix_gradients(modality: Modality, batches: Sequence[Batch]) -> dict[Matri
             stack.callback(hook.remove)
         stack.enter_context(torch.enable_grad())
         for batch in batches:
-            for row in range(batch.ids.shape[0]):
-                one = Batch(batch.ids[row : row + 1], batch.bytes[row : row + 1])
-                for loss in modality.window_losses(one):
+            for row in range(batch.windows):
+                for loss in modality.window_losses(batch.rows(row, row + 1)):
                     _refuse_overflow(modality, loss)
                     loss.backward()
     for total in sums.values():

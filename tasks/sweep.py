@@ -42,6 +42,8 @@ class Outcome:
 
     losses: list[float] = field(default_factory=list)
     dense_losses: list[float] = field(default_factory=list)
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    dense_scores: dict[str, list[float]] = field(default_factory=dict)
     matrices: list[MatrixRecord] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -130,9 +132,9 @@ class _Sweep:
             lockstep = stack.enter_context(Lockstep(blocks, limit_bytes=limit))
             stack.callback(self._restore)
             calibrating = [lockstep.start(partial(modality.run, b)) for b in calibration]
-            evaluating = [lockstep.start(partial(modality.losses, b)) for b in evaluation]
+            evaluating = [lockstep.start(partial(modality.measure, b)) for b in evaluation]
             riding = [
-                lockstep.start(partial(modality.losses, b)) for b in (evaluation if dense else ())
+                lockstep.start(partial(modality.measure, b)) for b in (evaluation if dense else ())
             ]
             groups = calibrating, evaluating, riding
             self._lockstep = lockstep
@@ -140,8 +142,8 @@ class _Sweep:
             while (index := lockstep.lowest([*calibrating, *evaluating, *riding])) is not None:
                 standing = [lockstep.standing(group, index) for group in groups]
                 self._block(index, *standing, close=index == last)
-            outcome.losses = [loss for run in evaluating for loss in run.result]
-            outcome.dense_losses = [loss for run in riding for loss in run.result]
+            outcome.losses, outcome.scores = _together(evaluating)
+            outcome.dense_losses, outcome.dense_scores = _together(riding)
             modality.check_untouched(None)
             self._check(len(modality.matrices()))
             self._touched.clear()  # what is kept stays as it is
@@ -311,6 +313,18 @@ class _Meter:
                     found[matrix] = measured
         self._sums.clear()
         return {m: found.get(m) or InputStatistics(self.needs) for m in matrices}
+
+
+def _together(runs: Sequence[Run]) -> tuple[list[float], dict[str, list[float]]]:
+    """Losses and scores of all batches, in their order."""
+    losses: list[float] = []
+    scores: dict[str, list[float]] = {}
+    for run in runs:
+        of_windows, others = run.result
+        losses += of_windows
+        for name, values in others.items():
+            scores.setdefault(name, []).extend(values)
+    return losses, scores
 
 
 def _identity(inputs: Tensor) -> Any:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from infra.documents import Split, corpus_sha256, documents
+from infra.documents import Split, data_sha256
 from infra.records import Cost, ModelRecord, TrialResult, TrialSpec
 from infra.specs import ModelSpec
 from tasks.allocation import block_rates, check_rates, measure_rates, plan_of, tilt_of
@@ -79,6 +79,8 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         tilt=tilt_of(spec.prune, matrices),
         losses=outcome.losses,
         dense_losses=outcome.dense_losses,
+        scores=outcome.scores,
+        dense_scores=outcome.dense_scores,
         tokens=[n for batch in evaluation for n in modality.scored_tokens(batch)],
         bytes=[n for batch in evaluation for n in batch.bytes],
         block_rates=per_block,
@@ -136,7 +138,7 @@ def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> Mo
     return modality.record(first.model.source).model_copy(
         update={
             "dense_loss": sum(losses) / len(losses),
-            "data_sha256": {s: corpus_sha256(documents(first.data, s)) for s in splits},
+            "data_sha256": {s: data_sha256(first.model.modality, first.data, s) for s in splits},
         }
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.specs import load_spec
+from infra.spec_files import load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ["flows", "tasks", "modalities", "infra"]  # each may import itself and those after it

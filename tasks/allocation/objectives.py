@@ -9,7 +9,6 @@ beta = 2 lambda / (L - 1); each of the published lambdas is tried on a few windo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from infra.specs import PruneSpec
 from modalities.base import Batch, Modality
@@ -55,8 +54,6 @@ def first_windows(batches: Sequence[Batch], count: int) -> list[Batch]:
     for batch in batches:
         if count <= 0:
             break
-        if type(batch) is Batch:
-            batch = replace(batch, ids=batch.ids[:count], bytes=batch.bytes[:count])
-        chosen.append(batch)
-        count -= batch.ids.shape[0]
+        chosen.append(batch.rows(0, count))
+        count -= chosen[-1].windows
     return chosen

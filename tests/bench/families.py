@@ -20,7 +20,8 @@ from flows.plan import next_wave, search_trial, token_passes
 from infra.environment import reuse_freed_memory
 from infra.records import TrialResult
 from infra.samplers import GRID_STEPS
-from infra.specs import Spec, load_spec
+from infra.spec_files import load_spec
+from infra.specs import Spec
 from tasks.allocation import bounds_of, with_values
 from tasks.trial import describe_model, measure_profile
 from tests.bench.kept import Kept

@@ -19,7 +19,7 @@ from pathlib import Path
 from flows.plan import search_trial
 from infra.environment import reuse_freed_memory
 from infra.records import TrialSpec
-from infra.specs import load_spec
+from infra.spec_files import load_spec
 from tasks.trial import loaded, run_trial
 
 MIB = 2**20

@@ -20,7 +20,8 @@ from pathlib import Path
 from flows.plan import final_wave, next_wave, search_trial, token_passes
 from infra.environment import reuse_freed_memory
 from infra.records import ModelRecord, TrialResult
-from infra.specs import PruneSpec, Spec, load_spec
+from infra.spec_files import load_spec
+from infra.specs import PruneSpec, Spec
 from tasks.allocation import rates_of
 from tasks.statistics import paired_difference
 from tasks.trial import describe_model

@@ -24,7 +24,8 @@ from infra.documents import documents
 from infra.environment import reuse_freed_memory
 from infra.records import TrialResult, TrialSpec
 from infra.sources import cache_dir, fetch
-from infra.specs import DataSpec, Spec, load_spec
+from infra.spec_files import load_spec
+from infra.specs import DataSpec, Spec
 from tasks.allocation import beta_bounds
 from tasks.trial import describe_model
 from tests.bench.kept import Kept

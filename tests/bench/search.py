@@ -20,7 +20,8 @@ from flows.plan import next_wave, search_trial, token_passes
 from infra.environment import reuse_freed_memory
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import grid
-from infra.specs import Spec, load_spec
+from infra.spec_files import load_spec
+from infra.specs import Spec
 from tasks import trial
 from tasks.allocation import beta_bounds
 

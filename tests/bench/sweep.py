@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from flows.plan import search_trial
 from infra.environment import reuse_freed_memory
 from infra.records import TrialSpec
-from infra.specs import load_spec
+from infra.spec_files import load_spec
 from modalities.base import Modality
 from tasks.trial import loaded, run_trial
 

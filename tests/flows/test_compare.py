@@ -18,7 +18,7 @@ from flows.study import drive
 from infra.cluster import Cluster
 from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
-from infra.specs import load_spec, parse_spec
+from infra.spec_files import load_spec, parse_spec
 from tests.flows.commands import run, write_project
 from tests.flows.test_report import make_model, make_run, make_spec
 from tests.infra.trials import trial

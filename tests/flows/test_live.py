@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from flows.live import Board, duration, live
-from infra.specs import Spec, parse_spec
+from infra.spec_files import parse_spec
+from infra.specs import Spec
 
 
 def make_spec(protocol: str = "ladder") -> Spec:

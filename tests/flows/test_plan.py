@@ -21,7 +21,8 @@ from flows.plan import (
 )
 from infra.errors import UserError
 from infra.records import MatrixRecord, ModelRecord, TrialResult, TrialSpec
-from infra.specs import PruneSpec, Spec, parse_spec
+from infra.spec_files import parse_spec
+from infra.specs import PruneSpec, Spec
 from tasks.allocation import beta_bounds
 
 BEST = 0.006

@@ -17,7 +17,8 @@ from flows.search import Run
 from flows.study import drive
 from infra.cluster import LostCheckpointError
 from infra.records import ModelRecord, TrialResult, TrialSpec
-from infra.specs import Spec, parse_spec
+from infra.spec_files import parse_spec
+from infra.specs import Spec
 from infra.store import RunStore
 from tests.flows.commands import run, write_project
 

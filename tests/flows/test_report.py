@@ -16,7 +16,8 @@ import pytest
 from flows.report import build_report, render, write_report
 from infra.errors import UserError
 from infra.records import BlockError, Cost, MatrixRecord, ModelRecord, TrialResult, TrialSpec
-from infra.specs import Spec, parse_spec
+from infra.spec_files import parse_spec
+from infra.specs import Spec
 from infra.store import RunStore
 
 NUM_BLOCKS = 30

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from infra.records import BlockError, Cost, MatrixRecord, TrialResult, TrialSpec
-from infra.specs import Spec, parse_spec
+from infra.spec_files import parse_spec
+from infra.specs import Spec
 
 BOUND = 0.0276
 

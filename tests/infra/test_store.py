@@ -15,7 +15,8 @@ import pytest
 
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult
-from infra.specs import Spec, load_spec
+from infra.spec_files import load_spec
+from infra.specs import Spec
 from infra.store import TEMP_PREFIX, RunStore, write_atomic
 
 MakeSpec = Callable[..., Spec]
@@ -25,7 +26,7 @@ MakeResult = Callable[..., TrialResult]
 WRITER = """
 import sys
 from infra.records import TrialResult
-from infra.specs import load_spec
+from infra.spec_files import load_spec
 from infra.store import RunStore
 with RunStore.open(load_spec(sys.argv[1])) as store:
     result = TrialResult.model_validate_json(open(sys.argv[2]).read())
@@ -166,7 +167,7 @@ def test_second_driver_is_refused_and_kill_releases(make_spec: MakeSpec, tmp_pat
     spec = make_spec()
     RunStore.open(spec).close()
     script = (
-        "import sys, time\nfrom infra.specs import load_spec\nfrom infra.store import RunStore\n"
+        "import sys, time\nfrom infra.spec_files import load_spec\nfrom infra.store import RunStore\n"
         "store = RunStore.open(load_spec(sys.argv[1])); print('open', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(Path(spec.run.dir) / "spec.toml")]
@@ -246,7 +247,7 @@ def test_disk_that_refuses_costs_no_finished_trial(
 import subprocess, sys
 from infra.errors import UserError
 from infra.records import TrialResult
-from infra.specs import load_spec
+from infra.spec_files import load_spec
 from infra.store import RunStore
 result = TrialResult.model_validate_json(open({str(result)!r}).read())
 store = RunStore.open(load_spec({str(spec)!r}, ["run.dir={disk}/run"]))

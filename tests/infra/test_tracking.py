@@ -186,7 +186,7 @@ DRIVER = """
 import os, sys, time
 from infra import tracking
 from infra.records import TrialResult
-from infra.specs import load_spec
+from infra.spec_files import load_spec
 from infra.store import RunStore
 store = RunStore.open(load_spec(sys.argv[1]))
 begun = time.perf_counter()

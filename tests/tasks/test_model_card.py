@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from infra.specs import parse_spec
+from infra.spec_files import parse_spec
 from tasks.model_card import model_card
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from infra.errors import UserError
 from infra.records import MatrixRecord
-from infra.specs import PruneSpec, parse_spec
+from infra.spec_files import parse_spec
+from infra.specs import PruneSpec
 from tasks.pruning.patterns import Budget, budgets, mixed_groups, parse_pattern, smallest_places
 
 
