@@ -15,6 +15,7 @@ from infra.errors import UserError, nearest
 from infra.specs import CalibrationSpec, DataSpec, Frozen, Modality, ModelSpec, PruneSpec
 
 Split = Literal["selection", "report"]
+SHOWN = 12  # windows whose answers are kept in words
 LARGEST_EXPONENT = 700.0  # exp of it is 1e304; little more, and it is no number
 
 
@@ -131,6 +132,8 @@ class TrialResult(Frozen):
         default={}, description="by name, one per window or row of a task; the higher the better"
     )
     dense_scores: dict[str, list[float]] = {}
+    answers: list[str] = Field(default=[], description="to the first windows, in words")
+    dense_answers: list[str] = []
     tokens: list[int] = Field(default=[], description="scored tokens per window")
     bytes: list[int] = Field(default=[], description="UTF-8 bytes of them")
     block_rates: list[float] = Field(default=[], description="mean over the weights of each block")

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -51,6 +51,16 @@ class Batch:
     def rows(self, start: int, stop: int) -> Self:
         """Some of the windows."""
         return replace(self, ids=self.ids[start:stop], bytes=self.bytes[start:stop])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of each window: nats per scored unit, scores by name (the higher the better), and what the
+    model answers in words, where it does."""
+
+    losses: list[float]
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    answers: list[str] = field(default_factory=list)
 
 
 class Weights(Protocol):
@@ -109,9 +119,9 @@ class Modality(ABC):
     def losses(self, batch: Batch) -> list[float]:
         """One forward; nats per scored token of each window."""
 
-    def measure(self, batch: Batch) -> tuple[list[float], dict[str, list[float]]]:
-        """One forward; `losses`, and what else is scored of each window, the higher the better."""
-        return self.losses(batch), {}
+    def measure(self, batch: Batch) -> Measured:
+        """One forward; `losses`, and what else is known of each window."""
+        return Measured(self.losses(batch))
 
     def window_losses(self, batch: Batch) -> list[Tensor]:
         """`losses` as tensors, for what asks for their gradients."""

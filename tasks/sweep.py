@@ -25,7 +25,7 @@ from torch import Tensor
 
 from infra.errors import UserError
 from infra.records import BlockError, MatrixRecord
-from modalities.base import Batch, Modality
+from modalities.base import Batch, Measured, Modality
 from modalities.products import Matrix, ProductWatcher
 from tasks.allocation import zeros_per_matrix
 from tasks.errors import ErrorCurve
@@ -44,6 +44,8 @@ class Outcome:
     dense_losses: list[float] = field(default_factory=list)
     scores: dict[str, list[float]] = field(default_factory=dict)
     dense_scores: dict[str, list[float]] = field(default_factory=dict)
+    answers: list[str] = field(default_factory=list)
+    dense_answers: list[str] = field(default_factory=list)
     matrices: list[MatrixRecord] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -142,8 +144,10 @@ class _Sweep:
             while (index := lockstep.lowest([*calibrating, *evaluating, *riding])) is not None:
                 standing = [lockstep.standing(group, index) for group in groups]
                 self._block(index, *standing, close=index == last)
-            outcome.losses, outcome.scores = _together(evaluating)
-            outcome.dense_losses, outcome.dense_scores = _together(riding)
+            whole = _together(evaluating)
+            outcome.losses, outcome.scores, outcome.answers = whole
+            whole = _together(riding)
+            outcome.dense_losses, outcome.dense_scores, outcome.dense_answers = whole
             modality.check_untouched(None)
             self._check(len(modality.matrices()))
             self._touched.clear()  # what is kept stays as it is
@@ -315,16 +319,15 @@ class _Meter:
         return {m: found.get(m) or InputStatistics(self.needs) for m in matrices}
 
 
-def _together(runs: Sequence[Run]) -> tuple[list[float], dict[str, list[float]]]:
-    """Losses and scores of all batches, in their order."""
-    losses: list[float] = []
-    scores: dict[str, list[float]] = {}
-    for run in runs:
-        of_windows, others = run.result
-        losses += of_windows
-        for name, values in others.items():
-            scores.setdefault(name, []).extend(values)
-    return losses, scores
+def _together(runs: Sequence[Run]) -> tuple[list[float], dict[str, list[float]], list[str]]:
+    """What was measured of all batches, in their order."""
+    measured: list[Measured] = [run.result for run in runs]
+    names = measured[0].scores if measured else ()
+    return (
+        [loss for each in measured for loss in each.losses],
+        {name: [score for each in measured for score in each.scores[name]] for name in names},
+        [answer for each in measured for answer in each.answers],
+    )
 
 
 def _identity(inputs: Tensor) -> Any:

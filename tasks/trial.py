@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from infra.documents import Split, data_sha256
-from infra.records import Cost, ModelRecord, TrialResult, TrialSpec
+from infra.records import SHOWN, Cost, ModelRecord, TrialResult, TrialSpec
 from infra.specs import ModelSpec
 from tasks.allocation import block_rates, check_rates, measure_rates, plan_of, tilt_of
 
@@ -81,6 +81,8 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         dense_losses=outcome.dense_losses,
         scores=outcome.scores,
         dense_scores=outcome.dense_scores,
+        answers=outcome.answers[:SHOWN],
+        dense_answers=outcome.dense_answers[:SHOWN],
         tokens=[n for batch in evaluation for n in modality.scored_tokens(batch)],
         bytes=[n for batch in evaluation for n in batch.bytes],
         block_rates=per_block,
