@@ -18,6 +18,7 @@ from rich.table import Table
 
 from flows.cells import Cell, cells_of
 from flows.figures import RUNG_COLOURS, Figure
+from flows.measures import label
 from flows.plan import ladder, search_trial, token_passes
 from flows.report import page
 from infra.records import TrialResult
@@ -29,9 +30,9 @@ from tasks.statistics import mean_loss, plus_minus
 Comparison = dict[str, Any]
 Row = dict[str, Any]
 
-COLUMNS = ["model", "sparsity", "method", "allocation", "rates", "perplexity", "bits per byte"]
-COLUMNS += ["loss / dense", "gain, nats/token", "95 % interval", "search cost", "outcome"]
-NARROW = {"method", "allocation", "rates", "perplexity", "gain, nats/token", "outcome"}
+WHAT = ["model", "sparsity", "method", "allocation", "rates"]
+REST = ["loss / dense", "gain", "95 % interval", "search cost", "outcome"]
+WIDE = {"bits per byte", "loss / dense", "95 % interval", "search cost"}
 
 
 def write_comparison(folder: Path) -> Comparison:
@@ -39,6 +40,7 @@ def write_comparison(folder: Path) -> Comparison:
     store = RunStore.read(folder)
     rows = [_row(cell) for cell in cells_of(store.spec, folder)]
     plots = _plots(rows)
+    columns, table = _table(rows)
     comparison: Comparison = {
         "command": "compare",
         "protocol": store.spec.search.protocol,
@@ -53,8 +55,9 @@ def write_comparison(folder: Path) -> Comparison:
     html = page(
         "compare.html",
         comparison=comparison,
-        columns=COLUMNS,
-        table=[_words(row) for row in rows],
+        columns=columns,
+        table=table,
+        windows=next((row["windows"] for row in rows if "windows" in row), "windows"),
         plots=plots,
         figures={name: figure for name, (_, figure) in plots.items()},
         settings=settings(comparison["spec"]),
@@ -69,17 +72,18 @@ def print_comparison(comparison: Comparison, run: str) -> None:
     if not console.is_terminal:
         console.width = 160  # in a file, nothing has to fit a screen
     rows = comparison["rows"]
+    columns, words = _table(rows)
     for model, sparsity in dict.fromkeys((row["model"], row["sparsity"]) for row in rows):
         table = Table(title=f"{model} at {100 * sparsity:g} % sparsity", title_justify="left")
-        shown = [c for c in COLUMNS[2:] if c in NARROW or console.width >= 150]
+        shown = [c for c in columns[2:] if c not in WIDE or console.width >= 150]
         for column in shown:
-            left = column in COLUMNS[:5] or column == COLUMNS[-1]
+            left = column in WHAT or column == REST[-1]
             table.add_column(column, justify="left" if left else "right", no_wrap=True)
-        for row in rows:
+        for row, cells in zip(rows, words, strict=True):
             if (row["model"], row["sparsity"]) == (model, sparsity):
                 outcome = row["verdict"] if row["state"] == "complete" else row["state"]
-                words = dict(zip(COLUMNS, _words(row), strict=True)) | {"outcome": outcome}
-                table.add_row(*(words[column] for column in shown))
+                named = dict(zip(columns, cells, strict=True)) | {"outcome": outcome}
+                table.add_row(*(named[column] for column in shown))
         console.print(table)
     for row in rows:
         if row["cause"]:
@@ -89,21 +93,31 @@ def print_comparison(comparison: Comparison, run: str) -> None:
     console.print(f"cells   {folder}/*/report.html", soft_wrap=True)
 
 
-def _words(row: Row) -> list[str]:
-    """A row as words, one for each of COLUMNS."""
+def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and every row as words, one for each of them."""
+    metrics = {
+        name: row["metrics"][name]
+        for row in rows
+        for name in row.get("metrics", {})
+        if name != "loss"
+    }
+    headings = [*WHAT, *(label(name, metric) for name, metric in metrics.items()), *REST]
+    return headings, [_words(row, list(metrics)) for row in rows]
+
+
+def _words(row: Row, metrics: Sequence[str]) -> list[str]:
     words = [row["model"], f"{100 * row['sparsity']:g} %", row["method"], row["allocation"]]
     if row["state"] != "complete":
-        return [*words, *[""] * 7, f"{row['state']}: {row['cause']}"]
-    gain = row["gain"]
+        empty = len(WHAT) + len(metrics) + len(REST) - len(words) - 1
+        return [*words, *[""] * empty, f"{row['state']}: {row['cause']}"]
+    gain, baseline = row["gain"], row["verdict"] == "baseline"
+    values = [*(row["metrics"].get(name) for name in metrics), row["relative_loss"]]
     return [
         *words,
         row["label"].removeprefix(row["allocation"]).strip(),
-        *(
-            plus_minus(row[key]["mean"], row[key]["stderr"])
-            for key in ("perplexity", "bits_per_byte", "relative_loss")
-        ),
-        plus_minus(gain["mean"], gain["stderr"]) if row["verdict"] != "baseline" else "",
-        f"{gain['low']:.3f} to {gain['high']:.3f}" if row["verdict"] != "baseline" else "",
+        *(plus_minus(v["mean"], v["stderr"]) if v else "" for v in values),
+        "" if baseline else f"{plus_minus(gain['mean'], gain['stderr'])} {gain['unit']}",
+        "" if baseline else f"{gain['low']:.3f} to {gain['high']:.3f}",
         f"{row['search_cost']:.1f}",
         row["cause"] or row["verdict"],
     ]
@@ -130,7 +144,9 @@ def _row(cell: Cell) -> Row:
     return row | {
         "state": "complete",
         "label": best["label"],
-        **{key: best["metrics"][key] for key in ("perplexity", "bits_per_byte", "loss")},
+        "metrics": best["metrics"],
+        "headline": report["headline"],
+        "windows": report["windows"],
         "relative_loss": _relative_loss(store, report),
         "dense": report["dense"] and report["dense"]["metrics"],
         "uniform": report["uniform"]["metrics"],
@@ -221,6 +237,7 @@ def _gains(rows: Sequence[Row]) -> Figure:
     """Bars by allocation, one colour per method, with 95 % intervals; a failed cell has none."""
     shown = [r for r in rows if r["state"] == "complete" and r["verdict"] != "baseline"]
     names = [n for n in dict.fromkeys(r["allocation"] for r in rows) if n != "uniform"]
+    unit = next((row["gain"]["unit"] for row in shown), "")
     data = []
     for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         bars = [row for row in shown if row["method"] == method]
@@ -232,7 +249,7 @@ def _gains(rows: Sequence[Row]) -> Figure:
                 "y": [row["gain"]["mean"] for row in bars],
                 "text": [f"{row['label']}<br>{row['cause'] or row['verdict']}" for row in bars],
                 "textposition": "none",
-                "hovertemplate": f"{method}, %{{text}}<br>%{{y:.4f}} nats/token<extra></extra>",
+                "hovertemplate": f"{method}, %{{text}}<br>%{{y:.4f}} {unit}<extra></extra>",
                 "marker": {"color": RUNG_COLOURS[index % len(RUNG_COLOURS)]},
                 "error_y": {
                     "type": "data",
@@ -244,7 +261,7 @@ def _gains(rows: Sequence[Row]) -> Figure:
             }
         )
     xaxis = {"type": "category", "categoryorder": "array", "categoryarray": names}
-    yaxis = {"title": {"text": "gain, nats/token"}}
+    yaxis = {"title": {"text": f"gain, {unit}"}}
     return {"data": data, "layout": {"barmode": "group", "xaxis": xaxis, "yaxis": yaxis}}
 
 

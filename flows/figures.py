@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from flows.measures import label
 from tasks.statistics import plus_minus
 
 Figure = dict[str, Any]
@@ -18,6 +19,8 @@ RUNG_COLOURS = ["#4f93dd", "#e2872f", "#b06ad0", "#d9567a"]
 def figures(report: dict[str, Any]) -> dict[str, Figure]:
     """Plotly figures by the id of the element that shows them; the page adds its own colours."""
     sides = ["uniform"] if report["best"]["uniform"] else ["uniform", "best"]
+    scored = report["headline"] in report["trials"][0]["scores"]
+    metric = report["headline"] if scored else "loss"
     blocks = report["model"]["blocks"]
     rates = [
         _line(side, blocks, report[side]["block_rates"], "%{y:.2%} zeros in %{text}")
@@ -40,11 +43,11 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
     ratio = {"title": {"text": "‖H − H̃‖ / ‖H‖"}, "type": "log", "tickformat": ".2~g"}
     return {
         "loss": _figure(
-            _loss_traces(report),
+            _search_traces(report, metric),
             "beta, the step of the rate from block to block"
             if report["number"] == "beta"
             else f"{report['number']} of {report['spec']['prune']['allocation']}",
-            {"title": {"text": "loss, nats/token"}},
+            {"title": {"text": label(metric, report["best"]["metrics"][metric])}},
         ),
         "rates": _figure(rates, "block", shares),
         "errors": _figure(errors, "block", ratio | _ticks(errors)),
@@ -89,11 +92,15 @@ def _line(side: str, blocks: list[str], values: Sequence[float | None], hover: s
     }
 
 
-def _loss_traces(report: dict[str, Any]) -> list[Figure]:
-    """Loss against the first number searched, one series per rung; bars are of the paired
-    difference from uniform."""
+def _search_traces(report: dict[str, Any], metric: str) -> list[Figure]:
+    """Loss or a score against the first number searched, one series per rung; bars are of the
+    loss's paired difference from uniform."""
     rows = [
-        {**row, "x": row["numbers"].get(report["number"], 0.0)}
+        {
+            **row,
+            "x": row["numbers"].get(report["number"], 0.0),
+            "y": row["loss"] if metric == "loss" else row["scores"].get(metric),
+        }
         for row in report["trials"]
         if row["stage"] == "search" and row["loss"] is not None
     ]
@@ -107,12 +114,15 @@ def _loss_traces(report: dict[str, Any]) -> list[Figure]:
                 "mode": "lines+markers",
                 "name": f"rung {rung}, {series[0]['n']} windows",
                 "x": [row["x"] for row in series],
-                "y": [row["loss"] for row in series],
+                "y": [row["y"] for row in series],
                 "text": [_hover(row) for row in series],
                 "hovertemplate": "%{text}<extra></extra>",
                 "error_y": {
                     "type": "data",
-                    "array": [row["gain"]["stderr"] if row["gain"] else 0 for row in series],
+                    "array": [
+                        row["gain"]["stderr"] if row["gain"] and metric == "loss" else 0
+                        for row in series
+                    ],
                     "thickness": 1.2,
                     "width": 3,
                 },
@@ -128,7 +138,7 @@ def _loss_traces(report: dict[str, Any]) -> list[Figure]:
                 "mode": "markers",
                 "name": side,
                 "x": [row["x"] for row in points],
-                "y": [row["loss"] for row in points],
+                "y": [row["y"] for row in points],
                 "hoverinfo": "skip",
                 "marker": {
                     "symbol": symbol,
@@ -144,6 +154,7 @@ def _loss_traces(report: dict[str, Any]) -> list[Figure]:
 def _hover(row: dict[str, Any]) -> str:
     text = f"trial {row['number']}: {row['label']}, tilt {row['tilt']:.2f}<br>"
     text += f"loss {plus_minus(row['loss'], row['stderr'])}"
+    text += "".join(f"<br>{name} {score:.2f} %" for name, score in row["scores"].items())
     if row["gain"] and not row["uniform"]:
         text += f"<br>below uniform by {plus_minus(**row['gain'])}"
     return text

@@ -8,7 +8,6 @@ needs no network.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,27 @@ from plotly.offline import get_plotlyjs
 from flows.explanation import Verdict, damage_rates, explain
 from flows.figures import COLOURS, figures, relative_part
 from flows.live import duration
+from flows.measures import (
+    WINDOWS,
+    dense_metrics_of,
+    gains_of,
+    headline,
+    in_words,
+    label,
+    metrics_of,
+    perplexity_ratio,
+)
+from flows.pictures import pictures
 from infra.errors import UserError
-from infra.records import ModelRecord, TrialResult, finite_exp
+from infra.records import ModelRecord, TrialResult
 from infra.specs import Spec
 from infra.store import RunStore, write_atomic
 from tasks.allocation import bounds_of
 from tasks.model_card import settings, short
 from tasks.statistics import (
     Difference,
-    bits_per_byte,
     mean_loss,
     paired_difference,
-    perplexity,
     plus_minus,
     three_digits,
 )
@@ -48,6 +56,8 @@ def write_report(store_dir: Path) -> Report:
         raise UserError(f"{store_dir} holds no model.json yet: {GO_ON}")
     seconds = _working_time(store.events())
     report = build_report(store.spec, model, results, seconds, store.provenance)
+    uniform, best = _finals(results)
+    report["pictures"] = pictures(store.spec, uniform[0], best[0])
     data = json.dumps(report, indent=1, allow_nan=False)
     write_atomic(store.path("report.json"), data.encode())
     write_atomic(store.path("report.html"), render(report).encode())
@@ -75,36 +85,35 @@ def build_report(
     """Everything that report.json holds. Raises UserError where the final stage is missing."""
     done = [result for result in results if result.state == "complete"]
     uniform, best = _finals(results)
-    dense = next((r for r in done if r.spec.stage == "final" and r.dense_losses), None)
-    gain = paired_difference(_losses(uniform), _losses(best), uniform[0].tokens)
+    objective = spec.search.objective
+    gain, unit, scores = gains_of(uniform, best, objective, model.unit)
     searched = any(result.spec.stage == "search" for result in results)
-    sides = {"uniform": _side(uniform), "best": _side(best)}
+    sides = {"uniform": _side(uniform, model.unit), "best": _side(best, model.unit)}
+    dense = dense_metrics_of([r for r in done if r.spec.stage == "final"], model.unit)
     report: Report = {
         "command": "search" if searched else "prune",
         "protocol": spec.search.protocol,
         "number": next(iter(bounds_of(spec.prune, model.matrices)), "beta"),
-        "dense": {"metrics": _metrics([dense.dense_losses], dense)} if dense else None,
+        "headline": headline(list(sides["best"]["metrics"]), objective),
+        "windows": WINDOWS[model.unit],
+        "dense": {"metrics": dense} if dense else None,
         **sides,
         "gain": {
             "mean": gain.mean,
             "stderr": gain.stderr,
             "n": gain.n_windows,
-            "unit": "nats/token",
+            "unit": unit,
             "low": gain.low,
             "high": gain.high,
             "level": 0.95,
             "df": gain.df,
             "n_seeds": gain.n_seeds,
             "seeds": [result.spec.calibration.seed for result in best],
-            "perplexity": {
-                "uniform": sides["uniform"]["metrics"]["perplexity"]["mean"],
-                "best": sides["best"]["metrics"]["perplexity"]["mean"],
-                "ratio": finite_exp(-gain.mean),
-                "ratio_low": finite_exp(-gain.high),
-                "ratio_high": finite_exp(-gain.low),
-            },
+            "scores": scores,
+            **(perplexity_ratio(gain, sides) if objective == "loss" else {}),
             "verdict": "gain" if gain.low > 0 else "no gain",
         },
+        "pictures": [],
         "trials": _trials(results, done),
         **_errors(uniform, best, gain),
         "spec": spec.model_dump(),
@@ -150,19 +159,7 @@ def _finals(results: Sequence[TrialResult]) -> tuple[list[TrialResult], list[Tri
     return [uniform[seed] for seed in seeds], [best[seed] for seed in seeds]
 
 
-def _losses(side: Sequence[TrialResult]) -> list[list[float]]:
-    return [result.losses for result in side]
-
-
-def _metrics(rows: list[list[float]], like: TrialResult) -> dict[str, Any]:
-    return {
-        "perplexity": asdict(perplexity(rows, like.tokens)),
-        "bits_per_byte": asdict(bits_per_byte(rows, like.tokens, like.bytes)),
-        "loss": asdict(mean_loss(rows, like.tokens)),
-    }
-
-
-def _side(side: Sequence[TrialResult]) -> dict[str, Any]:
+def _side(side: Sequence[TrialResult], unit: str) -> dict[str, Any]:
     """Metrics over all seeds; rates and zeros of the first, which is the one that is saved."""
     first = side[0]
     return {
@@ -173,7 +170,7 @@ def _side(side: Sequence[TrialResult]) -> dict[str, Any]:
         "label": first.spec.prune.label,
         "uniform": _is_uniform(first),
         "sparsity": sum(m.zeros for m in first.matrices) / sum(m.params for m in first.matrices),
-        "metrics": _metrics(_losses(side), first),
+        "metrics": metrics_of(side, unit),
         "block_rates": first.block_rates,
         "rates": [
             m.model_dump(include={"block", "matrix", "params", "rate"}) for m in first.matrices
@@ -220,6 +217,7 @@ def _trials(results: Sequence[TrialResult], done: Sequence[TrialResult]) -> list
                 "label": result.spec.prune.label,
                 "uniform": result.spec.prune.is_uniform,
                 "loss": result.loss if result.losses else None,
+                "scores": {n: 100 * sum(s) / len(s) for n, s in result.scores.items()},
                 "stderr": loss and loss.stderr,
                 "n": len(result.losses),
                 "gain": gain and {"mean": gain.mean, "stderr": gain.stderr},
@@ -241,35 +239,38 @@ def _conditions(result: TrialResult) -> tuple[str, int, int]:
 def _conclusion(report: Report) -> str:
     """What was found, in two or three sentences that hold for these numbers and no others."""
     gain, best = report["gain"], report["best"]
-    before, after = (three_digits(gain["perplexity"][side]) for side in ("uniform", "best"))
+    metric = report["headline"]
+    what = metric if metric == "perplexity" else label(metric, best["metrics"][metric])
+    what = what.removesuffix(", %")
+    before, after = (in_words(report[side]["metrics"][metric]) for side in ("uniform", "best"))
     dense = "dense not measured"
-    if report["dense"]:
-        dense = f"dense {three_digits(report['dense']['metrics']['perplexity']['mean'])}"
+    if report["dense"] and metric in report["dense"]["metrics"]:
+        dense = f"dense {in_words(report['dense']['metrics'][metric])}"
     at = f"{100 * report['spec']['prune']['sparsity']:g} % sparsity"
     beta = best["label"]
     if best["allocation"] in ("uniform", "arithmetic"):
         beta = f"beta = {best['beta']:.3g}"
     if best["tilt"]:
         beta += f" (tilt {best['tilt']:.2f})"
-    over = f"{gain['n']} windows and {_count(gain['n_seeds'], 'calibration seed')}"
+    over = f"{gain['n']} {report['windows']} and {_count(gain['n_seeds'], 'calibration seed')}"
     interval = f"95 % interval {gain['low']:.3f} to {gain['high']:.3f}, {over}"
     if best["uniform"]:
         why = "no candidate beat equal rates" if report["command"] == "search" else best["label"]
-        text = f"No gain at {at}: {why}; perplexity {after} ({dense})."
+        text = f"No gain at {at}: {why}; {what} {after} ({dense})."
     elif gain["low"] > 0:
         text = (
-            f"At {at}, {beta} brings perplexity from {before} (uniform) to {after}; {dense}. "
-            f"The gain is {gain['mean']:.3f} nats/token ({interval})."
+            f"At {at}, {beta} brings {what} from {before} (uniform) to {after}; {dense}. "
+            f"The gain is {gain['mean']:.3f} {gain['unit']} ({interval})."
         )
     elif gain["high"] < 0:
         text = (
-            f"No gain at {at}: {beta} is worse than uniform, perplexity {after} against {before} "
-            f"({dense}). It loses {-gain['mean']:.3f} nats/token (gain: {interval})."
+            f"No gain at {at}: {beta} is worse than uniform, {what} {after} against {before} "
+            f"({dense}). It loses {-gain['mean']:.3f} {gain['unit']} (gain: {interval})."
         )
     else:
         text = (
-            f"No gain at {at}: {beta} gives perplexity {after}, uniform {before}; {dense}. "
-            f"The difference of {gain['mean']:.3f} nats/token may be chance ({interval})."
+            f"No gain at {at}: {beta} gives {what} {after}, uniform {before}; {dense}. "
+            f"The difference of {gain['mean']:.3f} {gain['unit']} may be chance ({interval})."
         )
     if gain["n_seeds"] == 1 and not best["uniform"]:
         text += " With one calibration seed, the interval says nothing about other seeds."
@@ -303,6 +304,7 @@ def page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {"metric_label": label}
     environment.filters |= {
         "estimate": _estimate,
         "short": short,

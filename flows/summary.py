@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flows.measures import label
 from tasks.statistics import plus_minus
 
 
@@ -20,10 +21,11 @@ def print_summary(report: dict[str, Any], run: str) -> None:
     console.print(f"{report['spec']['model']['source']}, measured on the report split")
     published = report["spec"].get("published", {})
     table = Table()
-    metrics = ("perplexity", "bits_per_byte")
-    for column in ("", "beta", "tilt", "sparsity", *metrics):
-        heading = column.replace("_", " ")
-        table.add_column(heading, justify="right" if column else "left", no_wrap=True)
+    metrics = report["best"]["metrics"]
+    shown = [name for name in metrics if name != "loss"] or ["loss"]
+    headings = [label(name, metrics[name]) for name in shown]
+    for column in ("", "beta", "tilt", "sparsity", *headings):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     if published:
         table.add_column("published", justify="right")
     for name in ("dense", "uniform", "best"):
@@ -31,8 +33,8 @@ def print_summary(report: dict[str, Any], run: str) -> None:
         if side is None:
             continue
         facts = [f"{side[key]:.3g}" if key in side else "" for key in ("beta", "tilt", "sparsity")]
-        values = [side["metrics"][m] for m in metrics]
-        cells = [plus_minus(v["mean"], v["stderr"]) for v in values]
+        values = [side["metrics"].get(name) for name in shown]
+        cells = [plus_minus(v["mean"], v["stderr"]) if v else "" for v in values]
         table.add_row(name, *facts, *cells, *([f"{published.get(name, '')}"] if published else []))
     console.print(table)
     console.print(report["gain"]["conclusion"])

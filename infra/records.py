@@ -134,6 +134,7 @@ class TrialResult(Frozen):
     dense_scores: dict[str, list[float]] = {}
     answers: list[str] = Field(default=[], description="to the first windows, in words")
     dense_answers: list[str] = []
+    expected: list[str] = Field(default=[], description="the right answers")
     tokens: list[int] = Field(default=[], description="scored tokens per window")
     bytes: list[int] = Field(default=[], description="UTF-8 bytes of them")
     block_rates: list[float] = Field(default=[], description="mean over the weights of each block")

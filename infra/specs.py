@@ -31,8 +31,8 @@ class ModelSpec(Frozen):
         description="hub id[@revision], local folder or file, or pypi:NAME==VERSION/FILE"
     )
     modality: Modality = "language"
-    towers: tuple[str, ...] = Field(
-        (), description="of a multimodal model, those that are pruned; empty: all of them"
+    towers: list[str] = Field(
+        [], description="of a multimodal model, those that are pruned; empty: all of them"
     )
     tokenizer: str = Field("", description="a source; empty: the model's own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

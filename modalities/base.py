@@ -54,12 +54,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of each window: nats per scored unit, scores by name (the higher the better), and what the
-    model answers in words, where it does."""
+    """Of each window: nats per scored unit, scores by name (the higher the better), and in words
+    what the model answers and what was expected, where it does."""
 
     losses: list[float]
     scores: dict[str, list[float]] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
+    expected: list[str] = field(default_factory=list)
 
 
 class Weights(Protocol):

@@ -13,6 +13,22 @@ from huggingface_hub import EvalResult, ModelCardData
 from infra.spec_files import toml_value
 from tasks.statistics import plus_minus
 
+_KINDS = {  # task and library, as the hub calls them
+    "language": ("text-generation", "transformers"),
+    "vision": ("image-classification", "timm"),
+    "multimodal": ("image-text-to-text", "transformers"),
+}
+_LOADING = {
+    "language": """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")""",
+    "vision": """import timm
+
+model = timm.create_model("local-dir:path/to/this/folder", pretrained=True)""",
+    "multimodal": """from transformers import AutoModel
+
+model = AutoModel.from_pretrained("path/to/this/folder")""",
+}
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(@[\w./-]+)?(:[^:]+)?")
 
 
@@ -36,12 +52,10 @@ def model_card(report: Mapping[str, Any]) -> str:
 
 {report["gain"]["conclusion"]}
 
-| model | perplexity | bits per byte | zeros |
-|---|---|---|---|
 {_rows(report)}
 
-± is one standard error; n = {best["metrics"]["perplexity"]["n"]} windows of
-{spec["evaluation"]["context"]} tokens of {_public(texts["report"])}, calibrated
+± is one standard error; n = {best["metrics"]["loss"]["n"]} {_windows(report)}
+of {_public(texts["report"])}, calibrated
 {_times(report["gain"]["n_seeds"])}{warning}. The weights here are those of calibration seed
 {report["gain"]["seeds"][0]}.
 
@@ -50,8 +64,8 @@ def model_card(report: Mapping[str, Any]) -> str:
 - **Base model**: {_public(source)} ({model["architecture"]}, {model["dtype"]}; sha256 of the
   weights `{model["sha256"]}`).
 - **Licence**: {model["licence"] or "not stated by the base model; its terms apply"}.
-- **Method**: {prune["method"]}, {spec["calibration"]["samples"]} x
-  {spec["calibration"]["length"]} calibration tokens of {_public(texts["calibration"])}.
+- **Method**: {prune["method"]}, calibrated on {_calibration(report)} of
+  {_public(texts["calibration"])}.
 - **Sparsity**: {best["sparsity"]:.6f} of the weights in blocks are zero. Embeddings, norms and
   heads are dense.
 - **Rates**: {_rates(best, prune)}
@@ -61,9 +75,7 @@ def model_card(report: Mapping[str, Any]) -> str:
 is neither smaller nor faster than the base model until an engine makes use of the zeros.
 
 ```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+{_LOADING[spec["model"]["modality"]]}
 ```
 
 ## How to make it again
@@ -97,24 +109,25 @@ def settings(spec: Mapping[str, Any]) -> str:
 
 def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]) -> str:
     model = report["model"]
+    task, library = _KINDS[report["spec"]["model"]["modality"]]
     ids = [_hub_id(text) for text in texts.values()]
     results = [
         EvalResult(
-            task_type="text-generation",
+            task_type=task,
             dataset_type=_hub_id(texts["report"]) or "text",
             dataset_name=short(texts["report"]),
             metric_type=metric,
             metric_value=value,
         )
-        for metric in ("perplexity", "bits_per_byte")
-        if (value := report["best"]["metrics"][metric]["mean"]) is not None
+        for metric, estimate in report["best"]["metrics"].items()
+        if metric != "loss" and (value := estimate["mean"]) is not None
     ]
     return ModelCardData(
         base_model=_hub_id(report["spec"]["model"]["source"]),
         license=model["licence"].lower() or None,
         datasets=sorted({i for i in ids if i}) or None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
+        library_name=library,
+        pipeline_tag=task,
         tags=["sparse", "pruned", report["spec"]["prune"]["method"]],
         model_name=name,
         eval_results=results,
@@ -122,17 +135,28 @@ def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]
 
 
 def _rows(report: Mapping[str, Any]) -> str:
-    rows = []
+    shown = {n: m for n, m in report["best"]["metrics"].items() if n != "loss"}
+    names = [f"{n.replace('_', ' ')}{', %' if m['unit'] == '%' else ''}" for n, m in shown.items()]
+    rows = [["model", *names, "zeros"], ["---"] * (len(names) + 2)]
     for side in ("dense", "uniform", "best"):
         if report[side]:
-            metrics = report[side]["metrics"]
-            zeros = 100 * report[side].get("sparsity", 0)
-            perplexity, bits = metrics["perplexity"], metrics["bits_per_byte"]
-            rows.append(
-                f"| {side} | {plus_minus(perplexity['mean'], perplexity['stderr'])} "
-                f"| {plus_minus(bits['mean'], bits['stderr'])} | {zeros:.2f} % |"
-            )
-    return "\n".join(rows)
+            values = [report[side]["metrics"].get(name) for name in shown]
+            cells = [plus_minus(v["mean"], v["stderr"]) if v else "" for v in values]
+            rows.append([side, *cells, f"{100 * report[side].get('sparsity', 0):.2f} %"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _windows(report: Mapping[str, Any]) -> str:
+    length = report["spec"]["evaluation"]["context"]
+    text = report["windows"] == "windows"
+    return f"windows of {length} tokens" if text else str(report["windows"])
+
+
+def _calibration(report: Mapping[str, Any]) -> str:
+    calibration = report["spec"]["calibration"]
+    if report["windows"] == "windows":
+        return f"{calibration['samples']} x {calibration['length']} tokens"
+    return f"{calibration['samples']} {report['windows']}"
 
 
 def _hub_id(source: str) -> str | None:

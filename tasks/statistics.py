@@ -45,11 +45,18 @@ class Difference:
     df: float
 
 
-def mean_loss(rows: Rows, tokens: Sequence[int]) -> Estimate:
-    """Token-weighted mean of window losses, in nats/token."""
+def mean_loss(rows: Rows, tokens: Sequence[int], unit: str = "token") -> Estimate:
+    """Mean of window losses, weighted by the tokens (or other units) scored in each."""
     table = _table(rows)
     mean, stderr, _ = _two_way(table, np.asarray(tokens, dtype=float))
-    return Estimate(mean, stderr, table.shape[1], "nats/token")
+    return Estimate(mean, stderr, table.shape[1], f"nats/{unit}")
+
+
+def percentage(rows: Rows) -> Estimate:
+    """Mean of scores in [0, 1], one per window or row, in per cent."""
+    table = _table(rows)
+    mean, stderr, _ = _two_way(table, np.ones(table.shape[1]))
+    return Estimate(100 * mean, 100 * stderr, table.shape[1], "%")
 
 
 def perplexity(rows: Rows, tokens: Sequence[int]) -> Estimate:

@@ -38,19 +38,25 @@ from tasks.pruning.patterns import UNSTRUCTURED, budgets, settled
 
 @dataclass
 class Outcome:
-    """What a sweep gives: a loss per window, and what became of every matrix."""
+    """What a sweep gives: what was measured of each window, and what became of every matrix."""
 
-    losses: list[float] = field(default_factory=list)
-    dense_losses: list[float] = field(default_factory=list)
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    dense_scores: dict[str, list[float]] = field(default_factory=dict)
-    answers: list[str] = field(default_factory=list)
-    dense_answers: list[str] = field(default_factory=list)
+    measured: Measured = field(default_factory=lambda: Measured([]))
+    dense: Measured = field(default_factory=lambda: Measured([]))
     matrices: list[MatrixRecord] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     errors: list[BlockError] = field(default_factory=list)
     token_passes: int = 0
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the pruned model, one per window."""
+        return self.measured.losses
+
+    @property
+    def dense_losses(self) -> list[float]:
+        """The same of the dense model, where it rode along."""
+        return self.dense.losses
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,10 +150,8 @@ class _Sweep:
             while (index := lockstep.lowest([*calibrating, *evaluating, *riding])) is not None:
                 standing = [lockstep.standing(group, index) for group in groups]
                 self._block(index, *standing, close=index == last)
-            whole = _together(evaluating)
-            outcome.losses, outcome.scores, outcome.answers = whole
-            whole = _together(riding)
-            outcome.dense_losses, outcome.dense_scores, outcome.dense_answers = whole
+            outcome.measured = _together(evaluating)
+            outcome.dense = _together(riding)
             modality.check_untouched(None)
             self._check(len(modality.matrices()))
             self._touched.clear()  # what is kept stays as it is
@@ -319,14 +323,15 @@ class _Meter:
         return {m: found.get(m) or InputStatistics(self.needs) for m in matrices}
 
 
-def _together(runs: Sequence[Run]) -> tuple[list[float], dict[str, list[float]], list[str]]:
+def _together(runs: Sequence[Run]) -> Measured:
     """What was measured of all batches, in their order."""
     measured: list[Measured] = [run.result for run in runs]
     names = measured[0].scores if measured else ()
-    return (
+    return Measured(
         [loss for each in measured for loss in each.losses],
         {name: [score for each in measured for score in each.scores[name]] for name in names},
         [answer for each in measured for answer in each.answers],
+        [answer for each in measured for answer in each.expected],
     )
 
 

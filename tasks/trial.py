@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from modalities.base import Batch, LoadedModality
 
-_loaded: dict[tuple[ModelSpec, str], LoadedModality] = {}  # at most one: a worker serves one model
+_loaded: dict[tuple[str, str], LoadedModality] = {}  # at most one: a worker serves one model
 
 
 def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
@@ -79,10 +79,11 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         tilt=tilt_of(spec.prune, matrices),
         losses=outcome.losses,
         dense_losses=outcome.dense_losses,
-        scores=outcome.scores,
-        dense_scores=outcome.dense_scores,
-        answers=outcome.answers[:SHOWN],
-        dense_answers=outcome.dense_answers[:SHOWN],
+        scores=outcome.measured.scores,
+        dense_scores=outcome.dense.scores,
+        answers=outcome.measured.answers[:SHOWN],
+        dense_answers=outcome.dense.answers[:SHOWN],
+        expected=outcome.measured.expected[:SHOWN],
         tokens=[n for batch in evaluation for n in modality.scored_tokens(batch)],
         bytes=[n for batch in evaluation for n in batch.bytes],
         block_rates=per_block,
@@ -176,7 +177,7 @@ def loaded(spec: ModelSpec) -> LoadedModality:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = str(resolve_dtype(spec.dtype, device)).removeprefix("torch.")
-    key = (spec.model_copy(update={"dtype": dtype}), str(device))
+    key = (spec.model_copy(update={"dtype": dtype}).model_dump_json(), str(device))
     if key not in _loaded:
         _loaded.clear()
         _loaded[key] = load(spec, device)

@@ -167,7 +167,8 @@ def test_second_driver_is_refused_and_kill_releases(make_spec: MakeSpec, tmp_pat
     spec = make_spec()
     RunStore.open(spec).close()
     script = (
-        "import sys, time\nfrom infra.spec_files import load_spec\nfrom infra.store import RunStore\n"
+        "import sys, time\n"
+        "from infra.spec_files import load_spec\nfrom infra.store import RunStore\n"
         "store = RunStore.open(load_spec(sys.argv[1])); print('open', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(Path(spec.run.dir) / "spec.toml")]

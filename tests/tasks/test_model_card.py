@@ -17,7 +17,8 @@ def make_report(source: str = "org/base@main", licence: str = "Apache-2.0") -> d
     def metrics(mean: float) -> dict[str, Any]:
         ppl = {"mean": mean, "stderr": 1.5, "n": 32, "unit": "perplexity/token"}
         bits = {"mean": 1.52, "stderr": 0.011, "n": 32, "unit": "bits/byte"}
-        return {"perplexity": ppl, "bits_per_byte": bits}
+        loss = {"mean": 4.1, "stderr": 0.02, "n": 32, "unit": "nats/token"}
+        return {"perplexity": ppl, "bits_per_byte": bits, "loss": loss}
 
     sparse = {"beta": 0.0083, "tilt": 0.3, "sparsity": 0.6, "allocation": "arithmetic"}
     return {
@@ -32,6 +33,7 @@ def make_report(source: str = "org/base@main", licence: str = "Apache-2.0") -> d
         "uniform": {"metrics": metrics(84.0), **sparse, "beta": 0.0},
         "best": {"metrics": metrics(69.2), **sparse},
         "gain": {"conclusion": "At 60 % sparsity, it helps.", "n_seeds": 3, "seeds": [4, 5, 6]},
+        "windows": "windows",
         "protocol": "ladder",
         "command": "search",
         "version": "0.1.0",

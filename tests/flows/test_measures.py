@@ -1,0 +1,73 @@
+"""What is said of candidates whose windows are images, and of tasks beside text.
+
+python -m pytest tests/flows/test_measures.py
+"""
+
+import pytest
+
+from flows.figures import figures
+from flows.measures import gains_of, headline, label, metrics_of
+from flows.report import build_report, render
+from infra.records import TrialResult
+from infra.specs import Spec
+from tests.flows.test_report import make_model, make_run, make_spec
+
+
+def with_scores(result: TrialResult, right: int, dense: bool) -> TrialResult:
+    """Of n images the first `right` are recognised."""
+    if not (n := len(result.losses)):  # it failed
+        return result
+    scores = {"top1": [float(i < right) for i in range(n)], "top5": [1.0] * n}
+    update = {"scores": scores, "tokens": [1] * n, "bytes": [0] * n}
+    if dense and result.dense_losses:
+        update["dense_scores"] = {"top1": [1.0] * n, "top5": [1.0] * n}
+    return result.model_copy(update=update)
+
+
+def image_run(objective: str = "loss") -> tuple[Spec, list[TrialResult]]:
+    """A search in which uniform recognises 2 images and every other candidate 4."""
+    spec = make_spec(search={"objective": objective})
+    results = [
+        with_scores(result, 2 if result.spec.prune.is_uniform else 4, dense=True)
+        for result in make_run()
+    ]
+    return spec, results
+
+
+def test_images_have_scores_and_no_perplexity() -> None:
+    spec, results = image_run()
+    model = make_model().model_copy(update={"unit": "image", "modality": "vision"})
+    report = build_report(spec, model, results, 1.0)
+    n = report["best"]["metrics"]["loss"]["n"]
+    assert list(report["best"]["metrics"]) == ["top1", "top5", "loss"]
+    assert report["best"]["metrics"]["top1"]["mean"] == pytest.approx(100 * 4 / n)
+    assert report["best"]["metrics"]["loss"]["unit"] == "nats/image"
+    assert report["dense"]["metrics"]["top1"]["mean"] == 100
+    assert report["headline"] == "top1" and report["windows"] == "images"
+    assert report["gain"]["unit"] == "nats/image" and "perplexity" not in report["gain"]
+    assert report["gain"]["scores"]["top1"]["mean"] == pytest.approx(100 * 2 / n)
+    assert f"top-1 from {100 * 2 / n:.3g}" in report["gain"]["conclusion"]
+    page = render(report)
+    assert "top-1, %" in page and "erplexity</th>" not in page
+    axis = figures(report)["loss"]["layout"]["yaxis"]
+    assert axis == {"title": {"text": "top-1, %"}}
+
+
+def test_a_score_that_is_searched_is_the_gain() -> None:
+    _, results = image_run()
+    finals = [result for result in results if result.spec.stage == "final"]
+    uniform = [result for result in finals if result.spec.prune.is_uniform]
+    best = [result for result in finals if not result.spec.prune.is_uniform]
+    gain, unit, _ = gains_of(uniform, best, "top1", "image")
+    assert unit == "points of top1"
+    assert gain.mean == pytest.approx(100 * 2 / len(best[0].losses))
+    assert headline(["top1", "loss"], "top5") == "top5"
+
+
+def test_a_task_has_rows_of_its_own() -> None:
+    result = make_run()[-1]
+    result = result.model_copy(update={"scores": {"boolq/acc": [1.0, 0.0, 1.0, 1.0]}})
+    metrics = metrics_of([result], "token")
+    assert metrics["boolq/acc"]["mean"] == 75 and metrics["boolq/acc"]["n"] == 4
+    assert label("boolq/acc", metrics["boolq/acc"]) == "boolq/acc, %"
+    assert next(iter(metrics)) == "perplexity"
