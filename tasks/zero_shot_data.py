@@ -30,17 +30,18 @@ def local_data(folder: Path, source: str, shots: int | None = None) -> Iterator[
     Raises UserError where it lacks a data set, the validation split, or the split that a task's
     examples come from; `shots` replaces their number. `source` is how the user calls the folder.
     """
+    from huggingface_hub import constants
     from lm_eval.api.task import ConfigurableTask
 
     def download(task: Any, *_: Any, **__: Any) -> None:
         _read(task, folder, source, shots)
 
-    before = ConfigurableTask.download
-    ConfigurableTask.download = download
+    before = ConfigurableTask.download, constants.HF_HUB_OFFLINE
+    ConfigurableTask.download, constants.HF_HUB_OFFLINE = download, True
     try:
         yield
     finally:
-        ConfigurableTask.download = before
+        ConfigurableTask.download, constants.HF_HUB_OFFLINE = before
 
 
 def _read(task: Any, folder: Path, source: str, shots: int | None) -> None:
