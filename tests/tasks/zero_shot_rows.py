@@ -8,6 +8,7 @@ What is asked is written down here once more, by hand: a harness that changes is
 
 import random
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ PLACES = {
     "mmlu_anatomy": "hails/mmlu_no_train/anatomy",
 }
 ONLY_ACC = {"boolq", "winogrande", "rte", "mmlu_anatomy"}
+
+
+@cache
+def part_of_lm_eval() -> Any:
+    """Its own files of these tasks only: reading all of them takes longer than the tests."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    names = ["super_glue", "glue", "piqa", "hellaswag", "winogrande", "arc", "openbookqa"]
+    names += ["gsm8k", "mmlu/default", "wikitext"]
+    folders = [root / name for name in names]
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
 
 
 @dataclass(frozen=True)
