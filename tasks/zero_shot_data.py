@@ -18,7 +18,8 @@ from typing import Any
 
 from infra.errors import UserError
 
-# Known under another name as well, with the same rows.
+# Known under another name as well. BoolQ as its authors publish it has the same rows without the
+# title of the article, which SuperGLUE puts before each passage: `Ethanol fuel -- All biomass ...`
 _ELSEWHERE = {"aps/super_glue/boolq": "boolq", "cais/mmlu": "hails/mmlu_no_train"}
 _UNNAMED = ("", "none", "plain_text", "default")
 

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 
 from flows.evaluate import evaluate
 from infra.errors import UserError
 from infra.records import TrialSpec
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec, PruneSpec
 from tasks import trial, zero_shot
-from tests.models import CONTEXT, load, write_checkpoint
+from tests.models import CONTEXT, FAMILIES, load, write_checkpoint
 from tests.tasks.zero_shot_rows import (
     ONLY_ACC,
     PLACES,
@@ -124,6 +125,35 @@ def test_examples_before_the_question(loaded: Any, data: Path) -> None:
     context = leaf.fewshot_context(leaf.eval_docs[0], 1)
     assert context == before + questions("mmlu_anatomy", data)[0].contexts[0]
     assert "mmlu_anatomy/acc" in both
+
+
+def test_answers_in_free_text_after_examples(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each filter of gsm8k reads another answer out of the text."""
+    kind, options = FAMILIES["llama"]
+    monkeypatch.setitem(FAMILIES, "llama-long", (kind, options | {"max_position_embeddings": 2048}))
+    rows = [{"question": f"{n} and 1?", "answer": f"so #### {n + 1}"} for n in range(6)]
+    for split in ("train", "validation"):
+        Dataset.from_list(rows).save_to_disk(tmp_path / "gsm8k/main" / split)
+    modality = loaded("llama-long")
+    modality.tokenizer.eos_token = "<s>"
+    prompts = list[str]()
+
+    def answer(_: Any, context: torch.Tensor, **__: Any) -> torch.Tensor:
+        prompts.extend(modality.tokenizer.batch_decode(context, skip_special_tokens=True))
+        ids = modality.tokenizer(" is 3 #### 2", add_special_tokens=False).input_ids
+        return torch.cat([context, torch.tensor([ids] * len(context))], dim=1)
+
+    generated = zero_shot.zero_shot(modality, ["gsm8k@2"], rows=3, data=str(tmp_path))
+    assert {name: len(values) for name, values in generated.items()} == {
+        "gsm8k@2/exact_match,strict-match": 3,
+        "gsm8k@2/exact_match,flexible-extract": 3,
+    }
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM._model_generate", answer)
+    scores = zero_shot.zero_shot(modality, ["gsm8k"], rows=3, data=str(tmp_path))
+    assert scores["gsm8k/exact_match,strict-match"] == [0.0, 1.0, 0.0]
+    assert all(prompt.count("Question: ") == 6 for prompt in prompts)
 
 
 def test_nothing_is_printed_asked_of_the_network_or_left_behind(
