@@ -28,7 +28,7 @@ from flows.plan import (
     token_passes,
     waves_left,
 )
-from flows.search import pin
+from flows.search import pin, refuse
 from infra.cluster import Cluster, connect
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialSpec
@@ -41,6 +41,7 @@ def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
     """Print the plan of a search and return it; raises UserError where it could not run."""
     cells = cells_of(spec) if spec.compare.varies else [Cell("", "", spec)]
     if len(cells) == 1:
+        refuse(spec)
         pin(spec)  # what cannot be read is refused before Ray is started
     found: dict[str, _Found | UserError] = {}  # by the model's source
     refused: dict[str, str] = {}
@@ -55,6 +56,7 @@ def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
             try:
                 if isinstance(look, UserError):
                     raise look
+                refuse(cell.spec)
                 _try_rates(cell.spec, look, cluster)
             except UserError as error:
                 refused[cell.name] = str(error)

@@ -18,7 +18,7 @@ from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import grid, propose
 from infra.specs import PruneSpec, Spec
-from tasks.allocation import bounds_of, with_values
+from tasks.allocation import bounds_of, values_of, with_values
 from tasks.statistics import ruled_out
 
 Results = Mapping[int, TrialResult]
@@ -193,7 +193,18 @@ def _scouts(spec: Spec, model: ModelRecord, results: Results) -> list[TrialSpec]
             for r in tried
         ],
     )
+    if not tried:
+        _try_defaults(proposed, values_of(spec.prune, model.matrices))
     return [search_trial(spec, _at(spec.prune, values), 0, model.profile) for values in proposed]
+
+
+def _try_defaults(proposed: list[dict[str, float]], defaults: Mapping[str, float]) -> None:
+    """The published number is among the first candidates, instead of the one nearest to it."""
+    if len(proposed) > 1 and len(proposed[0]) == 1:
+        ((name, _),) = proposed[0].items()
+        if defaults[name]:
+            near = min(proposed[1:], key=lambda values: abs(values[name] - defaults[name]))
+            near[name] = defaults[name]
 
 
 def _climb(spec: Spec, results: Results) -> tuple[PruneSpec, list[TrialSpec]]:

@@ -9,6 +9,7 @@ of the numbers that a search varies. Nothing here imports torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,12 +32,14 @@ class Parameter:
     """A number of an allocation.
 
     `bounds`, of matrices and sparsity, is the open interval that a search may vary it in; without
-    them it belongs to the measurement and stays as it is.
+    them it belongs to the measurement and stays as it is. `least` and `most` are what it may be.
     """
 
     name: str
     default: float
     bounds: Bounds | None = None
+    least: float = -math.inf
+    most: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,14 @@ def measured(matrices: Matrices, sparsity: float, values: Values, profile: Seque
     legal = all(0 <= rate < 1 for rate in profile)
     if legal and abs(weighted_mean(profile, params) - sparsity) < 1e-12:
         return Plan(list(profile))
+    return fit(profile, [1.0] * len(profile), params, sparsity, high=max(MOST, sparsity))
+
+
+def thresholded(
+    matrices: Matrices, sparsity: float, values: Values, profile: Sequence[float]
+) -> Plan:
+    """The profile holds the rates of one threshold over all matrices: in range after clamping."""
+    params = params_of(matrices)
     return fit(profile, [1.0] * len(profile), params, sparsity, high=max(MOST, sparsity))
 
 
