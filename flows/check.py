@@ -23,6 +23,7 @@ from flows.live import duration
 from flows.plan import (
     kinds_of_trial,
     ladder,
+    measuring_passes,
     planned_passes,
     search_trial,
     token_passes,
@@ -61,8 +62,9 @@ def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
             except UserError as error:
                 refused[cell.name] = str(error)
                 continue
-            passes += planned_passes(cell.spec, look.model, {})
-            in_turn = _passes_in_turn(cell.spec, look.model, where["parallel"])
+            measuring = measuring_passes(cell.spec, look.model)
+            passes += measuring + planned_passes(cell.spec, look.model, {})
+            in_turn = measuring + _passes_in_turn(cell.spec, look.model, where["parallel"])
             seconds += in_turn * look.seconds_per_token
             memory = max(memory, *(_memory(look.model, t) for t in kinds_of_trial(cell.spec)))
     shown = next((look for look in found.values() if isinstance(look, _Found)), None)

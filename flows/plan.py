@@ -18,7 +18,7 @@ from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import grid, propose
 from infra.specs import PruneSpec, Spec
-from tasks.allocation import bounds_of, values_of, with_values
+from tasks.allocation import bounds_of, measuring_windows, values_of, with_values
 from tasks.statistics import ruled_out
 
 Results = Mapping[int, TrialResult]
@@ -131,6 +131,13 @@ def token_passes(trial: TrialSpec) -> int:
     if trial.prune.method == "pruner-zero":
         passes += 3  # a forward and a backward of the dense model
     return calibration * passes + evaluation * (3 if trial.error_curves else 1)
+
+
+def measuring_passes(spec: Spec, model: ModelRecord) -> int:
+    """Token passes until the allocation has measured what it needs; no trial counts them."""
+    calibration = spec.calibration
+    windows = measuring_windows(spec.prune, calibration.samples, model.matrices)
+    return round(windows * calibration.length)
 
 
 def planned_passes(spec: Spec, model: ModelRecord | None, results: Results) -> int:

@@ -65,6 +65,7 @@ __all__ = [
     "check_rates",
     "load_rates",
     "measure_rates",
+    "measuring_windows",
     "plan_of",
     "rates_of",
     "save_rates",
@@ -136,6 +137,7 @@ ALLOCATIONS: dict[str, Allocation] = {
         _measure("activations", "owl"),
         needs_data=True,
         cost="one dense pass",
+        passes=lambda values, windows, matrices: windows,
     ),
     "dlp": Allocation(
         families.dlp,
@@ -143,6 +145,7 @@ ALLOCATIONS: dict[str, Allocation] = {
         _measure("activations", "dlp"),
         needs_data=True,
         cost="one dense pass",
+        passes=lambda values, windows, matrices: windows,
     ),
     "ecoflap": Allocation(
         families.ecoflap,
@@ -154,6 +157,7 @@ ALLOCATIONS: dict[str, Allocation] = {
         _measure("gradients", "ecoflap"),
         needs_data=True,
         cost="two forwards per matrix and batch",
+        passes=lambda values, windows, matrices: 2 * matrices * min(windows, values["samples"]),
     ),
     "neuronal": Allocation(
         families.measured,
@@ -162,6 +166,8 @@ ALLOCATIONS: dict[str, Allocation] = {
         needs_data=True,
         prunes=True,
         cost="13 sweeps over 8 windows",
+        # each calibrates, evaluates, and has a dense copy riding along that goes twice
+        passes=lambda values, windows, matrices: 13 * 4 * min(windows, values["samples"]),
     ),
 }
 
@@ -233,6 +239,12 @@ def bounds_of(prune: PruneSpec, matrices: Matrices) -> dict[str, tuple[float, fl
         for p in allocation_named(prune.allocation).parameters(matrices)
         if p.bounds is not None
     }
+
+
+def measuring_windows(prune: PruneSpec, windows: int, matrices: Matrices) -> float:
+    """How many windows pass all blocks until an allocation has measured what it needs."""
+    values = values_of(prune, matrices)
+    return allocation_named(prune.allocation).passes(values, windows, len(matrices))
 
 
 def tilt_of(prune: PruneSpec, matrices: Matrices) -> float:

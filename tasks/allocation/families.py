@@ -46,7 +46,8 @@ class Parameter:
 class Allocation:
     """`rates(matrices, sparsity, values, profile)` is pure; `measure` fills the profile, one number
     per matrix, with calibration batches where `needs_data`; where it `prunes`, the method matters
-    too. `cost` says what measuring takes."""
+    too. `cost` says what measuring takes; `passes`, of values, windows and matrices, is that in
+    windows that pass all blocks."""
 
     rates: Callable[[Matrices, float, Values, Sequence[float]], Plan]
     parameters: Callable[[Matrices], Sequence[Parameter]] = lambda matrices: ()
@@ -54,6 +55,7 @@ class Allocation:
     needs_data: bool = False
     prunes: bool = False
     cost: str = "none"
+    passes: Callable[[Values, int, int], float] = lambda values, windows, matrices: 0.0
 
 
 def fixed(*parameters: Parameter) -> Callable[[Matrices], Sequence[Parameter]]:
