@@ -1,11 +1,13 @@
 """Measuring a saved checkpoint again, on the text it was reported on or on any other.
 
 sparseramp evaluate runs/quickstart/best data.report=other.txt evaluation.report_windows=64
+sparseramp evaluate runs/quickstart/best evaluation.tasks='["boolq"]' evaluation.task_rows=200
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from infra.records import TrialSpec
 from infra.spec_files import apply_overrides, parse_spec
 from infra.specs import Spec
 from tasks.checkpoint import SPARSITY_FILE
-from tasks.statistics import bits_per_byte, perplexity, plus_minus
+from tasks.statistics import Estimate, bits_per_byte, percentage, perplexity, plus_minus
+from tasks.zero_shot import SEVEN
 
 
 def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -> dict[str, Any]:
-    """Perplexity and bits per byte of a checkpoint on its report split, printed and returned.
+    """Perplexity, bits per byte and tasks of a checkpoint on its report split, also printed.
 
     A checkpoint that this project did not save needs `data.source=...`.
     """
@@ -35,6 +38,9 @@ def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -
         split="report",
         windows=spec.evaluation.report_windows,
         context=spec.evaluation.context,
+        tasks=spec.evaluation.tasks,
+        task_rows=spec.evaluation.task_rows,
+        task_data=spec.evaluation.task_data,
     )
     try:
         result = run_trial(trial)
@@ -46,10 +52,13 @@ def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -
         "perplexity": perplexity([result.losses], result.tokens),
         "bits_per_byte": bits_per_byte([result.losses], result.tokens, result.bytes),
     }
+    scores = _task_scores(result.scores, spec.evaluation.tasks)
+    split = "validation" if spec.evaluation.task_data else ""  # lm-eval's own, where it is empty
     answer = {
         "checkpoint": str(checkpoint),
         "context": spec.evaluation.context,
-        "metrics": {name: vars(estimate) for name, estimate in metrics.items()},
+        "metrics": {name: vars(estimate) for name, estimate in (metrics | scores).items()},
+        "task_split": split,
     }
     if as_json:
         print(json.dumps(answer))
@@ -58,7 +67,24 @@ def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -
     for name, estimate in metrics.items():
         value = plus_minus(estimate.mean, estimate.stderr)
         print(f"  {name:<14} {value}  (n = {estimate.n} windows of {answer['context']} tokens)")
+    if scores:
+        print(f"lm-eval{', ' + split if split else ''}")
+    for name, estimate in scores.items():
+        print(
+            f"  {name:<24} {plus_minus(estimate.mean, estimate.stderr)} %  (n = {estimate.n} rows)"
+        )
     return answer
+
+
+def _task_scores(scores: dict[str, list[float]], tasks: list[str]) -> dict[str, Estimate]:
+    """Every metric of every task; the average of `acc` where the tasks are the published seven."""
+    found = {name: percentage(values) for name, values in scores.items()}
+    if sorted(tasks) == sorted(SEVEN):
+        parts = [found[f"{task}/acc"] for task in tasks]
+        mean = sum(part.mean or 0.0 for part in parts) / len(parts)
+        stderr = math.hypot(*(part.stderr or 0.0 for part in parts)) / len(parts)
+        found["average of 7/acc"] = Estimate(mean, stderr, sum(part.n for part in parts), "%")
+    return found
 
 
 def _spec(checkpoint: Path, overrides: list[str]) -> Spec:

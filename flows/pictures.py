@@ -18,21 +18,22 @@ def pictures(spec: Spec, uniform: TrialResult, best: TrialResult) -> list[dict[s
     """The first images of the report split with all answers; [] where there are none to show."""
     if not best.answers:
         return []
-    from infra.images import decode, evaluated
+    from infra.images import evaluated, usable
 
     try:
-        examples = evaluated(spec.data, "report")
+        found = evaluated(spec.data, "report")
+        shown = usable(found, len(best.answers), spec.data, "data.report")
     except UserError:  # the images are elsewhere: the numbers are here all the same
         return []
     dense = uniform.dense_answers or best.dense_answers or [""] * len(best.answers)
     answers = zip(best.expected, dense, uniform.answers, best.answers, strict=True)
     return [
         {
-            "image": _thumbnail(decode(example)) if example.image else "",
+            "image": _thumbnail(image) if image else "",
             "question": example.question,
             **dict(zip(("expected", "dense", "uniform", "best"), each, strict=True)),
         }
-        for example, each in zip(examples, answers, strict=False)
+        for (example, image), each in zip(shown, answers, strict=True)
     ]
 
 

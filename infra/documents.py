@@ -11,14 +11,16 @@ import functools
 import glob
 import hashlib
 import re
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from infra.errors import UserError
 from infra.sources import cache_dir, fetch
 from infra.specs import DataSpec, Modality
 
+T = TypeVar("T")
 Split = Literal["calibration", "selection", "report"]
 
 # Of a source that serves several splits, each gets this share, relative to the others there.
@@ -40,20 +42,42 @@ def documents(data: DataSpec, split: Split) -> list[str]:
 
     Raises UserError when there are none, and when report shares a document with another.
     """
-    found = _dealt(data, split)
+
+    def read(source: str) -> tuple[str, ...]:
+        files = _files_of(source)
+        stamps = tuple(file.stat().st_mtime_ns for file in files)
+        return _read(files, stamps, data.column, source)
+
+    return deal(data, split, read, str.encode, lambda text: repr(text[:60]), "document")
+
+
+def deal(
+    data: DataSpec,
+    split: Split,
+    read: Callable[[str], Sequence[T]],
+    key: Callable[[T], bytes],
+    name: Callable[[T], str],
+    noun: str,
+) -> list[T]:
+    """The part of a source that falls to a split; `key` is what makes two of it the same.
+
+    Raises UserError when there is none, and when report shares any with another split.
+    """
+    found = _dealt(data, split, read, key)
+    source = data.source_of(split)
     if not found:
         raise UserError(
-            f"{data.source_of(split)} has no document for data.{split}: give more text, "
-            "or a source of its own"
+            f"{source} has no {noun} for data.{split}: give more, or a source of its own"
         )
     for use, other in _EXCLUDED.get(split, ()):
-        if data.source_of(other) not in ("", data.source_of(split)) and (
-            shared := set(found) & set(_dealt(data, other))
-        ):
+        if data.source_of(other) in ("", source):
+            continue
+        others = {key(each) for each in _dealt(data, other, read, key)}
+        if shared := [each for each in found if key(each) in others]:
             raise UserError(
-                f"{use} on the report split: {len(shared)} documents are in both data.{other} "
-                f"({data.source_of(other)}) and data.{split} ({data.source_of(split)}), "
-                f"e.g. {min(shared)[:60]!r}"
+                f"{use} on the report split: {len(shared)} {noun}s are in both data.{other} "
+                f"({data.source_of(other)}) and data.{split} ({source}), "
+                f"e.g. {min(map(name, shared))}"
             )
     return found
 
@@ -90,21 +114,20 @@ def corpus_sha256(corpus: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _dealt(data: DataSpec, split: Split) -> list[str]:
+def _dealt(
+    data: DataSpec, split: Split, read: Callable[[str], Sequence[T]], key: Callable[[T], bytes]
+) -> list[T]:
     source = data.source_of(split)
-    files = _files_of(source)
-    stamps = tuple(file.stat().st_mtime_ns for file in files)
-    found = _read(files, stamps, data.column, source)
     sharing = [each for each in _WEIGHTS if data.source_of(each) == source]
     total = sum(_WEIGHTS[each] for each in sharing)
     before = sum(_WEIGHTS[each] for each in sharing[: sharing.index(split)])
     low, high = before / total, (before + _WEIGHTS[split]) / total
-    return [document for document in found if low <= _position(document) < high]
+    return [each for each in read(source) if low <= _position(key(each)) < high]
 
 
-def _position(document: str) -> float:
-    """Where a document falls in [0, 1): a hash of its text alone, so that others never move it."""
-    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:6]) / 2**48
+def _position(key: bytes) -> float:
+    """Where something falls in [0, 1): a hash of itself alone, so that others never move it."""
+    return int.from_bytes(hashlib.sha256(key).digest()[:6]) / 2**48
 
 
 @functools.lru_cache(maxsize=4)  # every trial of a worker asks for the same few

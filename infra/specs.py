@@ -238,6 +238,12 @@ class Spec(Frozen):
                 f"search.objective={self.search.objective!r} needs evaluation.task_rows=N: the "
                 "first N rows of a task are reported, the next N are searched on"
             )
+        task = self.search.objective.rpartition("/")[0]
+        if task and task not in self.evaluation.tasks:
+            raise ValueError(
+                f"search.objective={self.search.objective!r} needs {task!r} in evaluation.tasks: "
+                "what is searched is reported as well"
+            )
         return self
 
     @model_validator(mode="after")

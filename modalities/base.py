@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -160,17 +159,48 @@ class Modality(ABC):
     @contextmanager
     def streaming(self) -> Iterator[None]:
         """A plain forward works inside: each block is on the device while it is called."""
+        with self._around_blocks(self.attach_block, self.release_block):
+            yield
 
-        def attach(index: int, *_: object) -> None:
-            self.attach_block(index)
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Any number of plain forwards work inside, on the weights as they stand.
 
-        def release(index: int, *_: object) -> None:
-            self.release_block(index)
+        All blocks are on the device where they take at most half of what is free there; otherwise
+        each is while it is called. Afterwards they are parked.
+        """
+        if self.device.type == "cpu":
+            yield
+            return
 
+        def fetch(index: int) -> None:
+            for parameter in self.blocks[index].module.parameters():
+                parameter.data = parameter.data.to(self.device)
+
+        parameters = [p for block in self.blocks for p in block.module.parameters()]
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        if sum(p.numel() * p.element_size() for p in parameters) > free_bytes / 2:
+            with self._around_blocks(fetch, self.park_block):
+                yield
+            return
+        try:
+            for index in range(len(self.blocks)):
+                fetch(index)
+            yield
+        finally:
+            for index in range(len(self.blocks)):
+                self.park_block(index)
+
+    @contextmanager
+    def _around_blocks(
+        self, before: Callable[[int], None], after: Callable[[int], None]
+    ) -> Iterator[None]:
         handles = []
         for index, block in enumerate(self.blocks):
-            handles.append(block.module.register_forward_pre_hook(partial(attach, index)))
-            handles.append(block.module.register_forward_hook(partial(release, index)))
+            handles += [
+                block.module.register_forward_pre_hook(lambda *_, i=index: before(i)),
+                block.module.register_forward_hook(lambda *_, i=index: after(i)),
+            ]
         try:
             yield
         finally:

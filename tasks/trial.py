@@ -13,7 +13,8 @@ import resource
 import socket
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from infra.documents import Split, data_sha256
 from infra.records import SHOWN, Cost, ModelRecord, TrialResult, TrialSpec
@@ -37,9 +38,12 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     started = time.perf_counter()
     from tasks.checkpoint import save_checkpoint
     from tasks.sweep import sweep
+    from tasks.zero_shot import check_tasks, zero_shot
 
     before = list(_loaded)
     modality = loaded(spec.model)
+    if spec.tasks:
+        check_tasks(modality, **_asked_of_tasks(spec))  # before the sweep, which takes longer
     _reset_peak_memory(modality.device)
     matrices = modality.matrices()
     plan = plan_of(spec.prune, matrices, spec.profile)
@@ -51,6 +55,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     evaluation = modality.evaluation_batches(
         spec.data, spec.split, spec.windows, spec.context, divisor=batch_divisor
     )
+    keep = spec.checkpoint or bool(spec.tasks)
     ready = time.perf_counter()
     outcome = sweep(
         modality,
@@ -61,26 +66,35 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         calibration=calibration,
         evaluation=evaluation,
         dense=spec.error_curves,
-        keep=spec.checkpoint,
+        keep=keep,
     )
     swept = time.perf_counter()
     pruned = outcome.matrices or matrices  # none where nothing was to be pruned
     per_block = block_rates(pruned, [matrix.rate for matrix in pruned], len(modality.blocks))
     where, hashes = "", dict[str, str]()
-    if spec.checkpoint:
-        try:
+    scores, dense_scores = outcome.measured.scores, outcome.dense.scores
+    measure_tasks = partial(
+        zero_shot, modality, **_asked_of_tasks(spec), batch_divisor=batch_divisor
+    )
+    try:
+        if spec.checkpoint:
             where, hashes = save_checkpoint(modality, spec, per_block, outcome, evaluation)
-        finally:
-            for index in range(len(modality.blocks)):
-                modality.release_block(index)
+        if spec.tasks:
+            scores = scores | measure_tasks()
+        if spec.tasks and spec.error_curves and spec.prune.is_uniform:  # once is enough
+            _make_dense(modality)
+            dense_scores = dense_scores | measure_tasks()
+    finally:
+        if keep:
+            _make_dense(modality)
     return TrialResult(
         spec=spec,
         state="complete",
         tilt=tilt_of(spec.prune, matrices),
         losses=outcome.losses,
         dense_losses=outcome.dense_losses,
-        scores=outcome.measured.scores,
-        dense_scores=outcome.dense.scores,
+        scores=scores,
+        dense_scores=dense_scores,
         answers=outcome.measured.answers[:SHOWN],
         dense_answers=outcome.dense.answers[:SHOWN],
         expected=outcome.measured.expected[:SHOWN],
@@ -124,6 +138,7 @@ def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> Mo
     """
     from tasks.pruning import method_named
     from tasks.sweep import refuse_unfit
+    from tasks.zero_shot import check_tasks
 
     first = trials[0]
     method_named(first.prune.method)
@@ -133,6 +148,8 @@ def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> Mo
         refuse_unfit(modality, rates, method=trial.prune.method, pattern=trial.prune.pattern)
         modality.calibration_batches(trial.data, trial.calibration)
         modality.evaluation_batches(trial.data, trial.split, trial.windows, trial.context)
+        if trial.tasks:
+            check_tasks(modality, **_asked_of_tasks(trial))
     batches = modality.evaluation_batches(
         first.data, first.split, first.windows, first.context, divisor=batch_divisor
     )
@@ -164,7 +181,8 @@ def time_dense(spec: TrialSpec, *, batch_divisor: int = 1) -> tuple[int, float]:
     dense = spec.prune.model_copy(
         update={"sparsity": 0.0, "allocation": "uniform", "beta": 0.0, "parameters": {}}
     )
-    result = run_trial(spec.model_copy(update={"prune": dense}), batch_divisor=batch_divisor)
+    alone = spec.model_copy(update={"prune": dense, "tasks": []})
+    result = run_trial(alone, batch_divisor=batch_divisor)
     return sum(result.tokens), result.cost.sweep_s
 
 
@@ -182,6 +200,17 @@ def loaded(spec: ModelSpec) -> LoadedModality:
         _loaded.clear()
         _loaded[key] = load(spec, device)
     return _loaded[key]
+
+
+def _asked_of_tasks(spec: TrialSpec) -> dict[str, Any]:
+    """The first rows of a task are reported, so a selection uses those after them."""
+    skip = spec.task_rows if spec.split == "selection" else 0
+    return {"tasks": spec.tasks, "rows": spec.task_rows, "skip": skip, "data": spec.task_data}
+
+
+def _make_dense(modality: LoadedModality) -> None:
+    for index in range(len(modality.blocks)):
+        modality.release_block(index)
 
 
 def _dense_loss(modality: LoadedModality, batch: Batch) -> list[float]:

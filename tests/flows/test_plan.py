@@ -292,3 +292,14 @@ def test_every_size_of_trial_is_tried_out_first() -> None:
 
     kinds = {size(trial) for trial in kinds_of_trial(make_spec())}
     assert {size(trial) for wave in waves for trial in wave} <= kinds
+
+
+def test_a_task_that_is_searched_is_reported_too() -> None:
+    search = {"objective": "boolq/acc"}
+    with pytest.raises(UserError, match=r"needs evaluation.task_rows=N"):
+        make_spec(search=search, evaluation={"tasks": ["boolq"]})
+    with pytest.raises(UserError, match=r"needs 'boolq' in evaluation.tasks"):
+        make_spec(search=search, evaluation={"tasks": ["piqa"], "task_rows": 5})
+    spec = make_spec(search=search, evaluation={"tasks": ["piqa", "boolq"], "task_rows": 5})
+    assert search_trial(spec, spec.prune, 0).tasks == ["boolq"]
+    assert final_wave(spec, spec.prune, {})[0].tasks == ["piqa", "boolq"]

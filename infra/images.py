@@ -1,0 +1,251 @@
+"""Images with what is known of them: class, question and answer, caption; dealt out by a hash.
+
+    examples(DataSpec(source="photos/"), "selection")[0].label    # "cat": the folder it lies in
+
+A source is a folder of images (a folder per class, or none), a table (parquet, jsonl, a folder of
+`save_to_disk`) whose column `data.image` holds images or their paths, or CIFAR-10 as PNG strips or
+in its binary version. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import io
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.documents import Split, deal
+from infra.errors import UserError
+from infra.sources import cache_dir, fetch
+from infra.specs import DataSpec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+_SIDE = 32  # of a CIFAR image
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image, or text alone where `image` is empty; `label` is a class or the name of one."""
+
+    image: bytes | Path
+    name: str
+    label: int | str | None = None
+    question: str = ""
+    answer: str = ""
+    choices: tuple[str, ...] = ()
+
+    def read(self) -> bytes:
+        """The encoded image."""
+        return self.image.read_bytes() if isinstance(self.image, Path) else self.image
+
+
+def examples(data: DataSpec, split: Split) -> list[Example]:
+    """The distinct images of a split, in the order of their source.
+
+    Raises UserError where there are none, and where report shares any with another split.
+    """
+
+    def read(source: str) -> tuple[Example, ...]:
+        columns = (data.image, data.label, data.question, data.answer, data.choices)
+        path = fetch(source, "dataset")
+        return _read(path, path.stat().st_mtime_ns, source, columns)
+
+    return deal(data, split, read, _key, lambda example: example.name, "image")
+
+
+def evaluated(data: DataSpec, split: Split, seed: int = 0) -> list[Example]:
+    """The same in the order in which they are measured, or with a seed, calibrate."""
+    found = examples(data, split)
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def usable(
+    found: Iterable[Example], count: int, data: DataSpec, what: str
+) -> list[tuple[Example, Image | None]]:
+    """The first `count` examples whose image can be decoded, with it; None for text alone.
+
+    Raises UserError naming the first broken one where more are broken than `data.broken` allows,
+    and where there are not enough.
+    """
+    good: list[tuple[Example, Image | None]] = []
+    broken: list[str] = []
+    for example in found:
+        if len(good) == count:
+            break
+        try:
+            good.append((example, decode(example) if example.image else None))
+        except (OSError, ValueError, SyntaxError) as error:
+            reason = str(error).partition("\n")[0].partition(" <")[0]
+            broken.append(f"{example.name} ({reason or type(error).__name__})")
+    if len(broken) > data.broken * (len(good) + len(broken)):
+        raise UserError(
+            f"{what}: {len(broken)} of {len(good) + len(broken)} images cannot be read, the first "
+            f"is {broken[0]}: repair or remove them, or allow some with data.broken=0.01"
+        )
+    if len(good) < count:
+        raise UserError(
+            f"{what} has {len(good)} images, {count} are asked for: give more, or ask for fewer"
+        )
+    return good
+
+
+def decode(example: Example) -> Image:
+    """The image in RGB; raises OSError or ValueError where it is broken."""
+    import PIL.Image
+
+    image = PIL.Image.open(io.BytesIO(example.read())).convert("RGB")
+    if min(image.size) < 2:
+        raise ValueError(f"it has {image.size[0]} x {image.size[1]} pixels")
+    return image
+
+
+def examples_sha256(data: DataSpec, split: Split) -> str:
+    """A fingerprint of all images of a split, what is known of them, and their order."""
+    digest = hashlib.sha256()
+    for example in examples(data, split):
+        known = [example.label, example.question, example.answer, example.choices]
+        digest.update(_digest(example) + json.dumps(known).encode())
+    return digest.hexdigest()
+
+
+def _key(example: Example) -> bytes:
+    """What makes two of them the same: the image, or the question where there is none."""
+    return _digest(example) if example.image else example.question.encode()
+
+
+@functools.lru_cache(maxsize=1 << 20)
+def _digest(example: Example) -> bytes:
+    return hashlib.sha256(example.read()).digest()
+
+
+@functools.lru_cache(maxsize=4)  # every trial of a worker asks for the same few
+def _read(path: Path, stamp: int, source: str, columns: tuple[str, ...]) -> tuple[Example, ...]:
+    if path.name.endswith("_batch.png") or "data_batch_" in path.name:
+        found: Iterator[Example] = _cifar(path)
+    elif path.is_file() or (path / "state.json").exists():
+        found = _rows(path, source, columns)
+    else:
+        tables = sorted(f for f in path.rglob("*") if f.suffix in _TABLES and f.is_file())
+        found = _rows(path, source, columns) if tables else _folder(path)
+    seen: dict[bytes, Example] = {}
+    for example in found:
+        same = _key(example) + example.question.encode()  # one image may be asked about twice
+        seen.setdefault(same, example)
+    return tuple(seen.values())
+
+
+def _folder(path: Path) -> Iterator[Example]:
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in _IMAGES and file.is_file():
+            inside = file.relative_to(path)
+            label = inside.parts[0] if len(inside.parts) > 1 else None
+            yield Example(file, inside.as_posix(), label)
+
+
+def _cifar(path: Path) -> Iterator[Example]:
+    """A batch of CIFAR-10: a strip with an image per line of pixels, or the binary version."""
+    if path.suffix == ".bin":
+        data, size = path.read_bytes(), 1 + 3 * _SIDE**2
+        if len(data) % size:
+            raise UserError(f"{path} is cut off: {len(data)} bytes are no multiple of {size}")
+        records = (data[i : i + size] for i in range(0, len(data), size))
+        pairs = [(record[0], _interleaved(record[1:])) for record in records]
+    else:
+        import PIL.Image
+
+        PIL.Image.MAX_IMAGE_PIXELS = None  # a strip of 10,000 images is large, and no bomb
+        with PIL.Image.open(path) as strip:
+            pixels, size = strip.convert("RGB").tobytes(), 3 * _SIDE**2
+        images = [pixels[i : i + size] for i in range(0, len(pixels), size)]
+        pairs = list(zip(_strip_labels(path, len(images)), images, strict=True))
+    header = f"P6 {_SIDE} {_SIDE} 255\n".encode()
+    for number, (label, pixels) in enumerate(pairs):
+        yield Example(header + pixels, f"{path.name}[{number}]", label)
+
+
+def _interleaved(planes: bytes) -> bytes:
+    third = len(planes) // 3
+    return bytes(
+        x
+        for pixel in zip(*(planes[i * third :][:third] for i in range(3)), strict=True)
+        for x in pixel
+    )
+
+
+def _strip_labels(path: Path, count: int) -> list[int]:
+    """From the file beside a strip; that of the training strips holds those of all five."""
+    test = path.name.startswith("test")
+    name = "test_lables.json" if test else "train_lables.json"  # as the package spells it
+    try:
+        labels: list[int] = json.loads((path.parent / name).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} has no labels beside it in {name}: fetch both again") from error
+    first = 0 if test else (int(path.stem.rpartition("_")[2]) - 1) * count
+    return labels[first : first + count]
+
+
+def _rows(path: Path, source: str, columns: tuple[str, ...]) -> Iterator[Example]:
+    """The rows of a table; paths of images are relative to its folder."""
+    image, label, question, answer, choices = columns
+    table = _table(path, source)
+    if image not in table.column_names and question not in table.column_names:
+        names = ", ".join(table.column_names)
+        raise UserError(f"{source} has no column {image!r}, it has {names}: set data.image")
+    root = path if path.is_dir() else path.parent
+    classes = getattr(table.features.get(label), "names", None)
+    for number, row in enumerate(table):
+        kind = row.get(label)
+        yield Example(
+            _encoded(row.get(image), root),
+            f"{source}[{number}]",
+            classes[kind] if classes and isinstance(kind, int) and kind >= 0 else kind,
+            str(row.get(question) or ""),
+            str(row.get(answer) if row.get(answer) is not None else ""),
+            tuple(map(str, row.get(choices) or ())),
+        )
+
+
+def _encoded(value: Any, root: Path) -> bytes | Path:
+    if value is None:
+        return b""
+    if isinstance(value, dict):  # as the hub stores images
+        value = value["bytes"] or value["path"]
+    return value if isinstance(value, bytes) else root / str(value)
+
+
+def _table(path: Path, source: str) -> Any:
+    import datasets  # a second that only tables cost
+
+    datasets.disable_progress_bars()
+    files: Sequence[Path] = [path]
+    if path.is_dir() and not (path / "state.json").exists():
+        files = sorted(f for f in path.rglob("*") if f.suffix in _TABLES and f.is_file())
+        files = [file for file in files if file.suffix == files[0].suffix]
+    try:
+        if path.is_dir() and (path / "state.json").exists():
+            table: Any = datasets.load_from_disk(str(path))
+        else:
+            table = datasets.load_dataset(
+                _TABLES[files[0].suffix],
+                data_files=[glob.escape(str(file.absolute())) for file in files],
+                split="train",
+                cache_dir=str(cache_dir() / "datasets"),
+            )
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, KeyError) as error:
+        cause = str(error.__cause__ or error).partition("\n")[0]
+        raise UserError(f"{source} cannot be read as a table of images: {cause}") from error
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
