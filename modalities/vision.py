@@ -43,15 +43,14 @@ _CACHED_BYTES = 2 << 30  # of transformed images that wait for the next trial
 @dataclass(frozen=True)
 class ImageBatch(Batch):
     """`ids`: images x channels x height x width, transformed; `labels`: the class of each, -1
-    where it is not known; `positions`: tokens of an image in the first block."""
+    where it is not known."""
 
     labels: tuple[int, ...]
-    positions: int
 
     @property
     def tokens(self) -> int:
-        """Positions of all images."""
-        return self.windows * self.positions
+        """Images, as a plan counts them."""
+        return self.windows
 
     def rows(self, start: int, stop: int) -> Self:
         """Some of the images."""
@@ -146,7 +145,7 @@ class VisionModality(LoadedModality):
     def _batches(self, pixels: Tensor, labels: list[int], divisor: int) -> list[Batch]:
         rows = max(1, self._rows() // divisor)
         return [
-            ImageBatch(part, (0,) * len(part), tuple(labels[i : i + rows]), self.positions)
+            ImageBatch(part, (0,) * len(part), tuple(labels[i : i + rows]))
             for i, part in zip(range(0, len(pixels), rows), pixels.split(rows), strict=True)
         ]
 
@@ -263,6 +262,7 @@ class VisionModality(LoadedModality):
             "width": _width(self.blocks),
             "outputs": self._outputs,
             "batch_tokens": self._rows() * self.positions,
+            "window_tokens": self.positions,
             "licence": licence_of(self.folder),
         }
 

@@ -49,14 +49,16 @@ def main() -> None:
 
     def swept(rate: float, seen: list[Batch]) -> Callable[[], dict[str, list[float]]]:
         rates = [rate] * len(modality.matrices())
-        return lambda: sweep(
-            modality,
-            rates,
-            method="wanda",
-            pause_at="linear",
-            calibration=seen,
-            evaluation=evaluation,
-        ).measured.scores
+        return lambda: (
+            sweep(
+                modality,
+                rates,
+                method="wanda",
+                pause_at="linear",
+                calibration=seen,
+                evaluation=evaluation,
+            ).measured.scores
+        )
 
     ways = {
         "plain timm loop": lambda: _plain(model, evaluation),

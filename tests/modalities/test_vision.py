@@ -96,7 +96,7 @@ def test_batches_are_cut_by_positions_and_the_same_every_time(
     other = modality.calibration_batches(images, SAMPLES.model_copy(update={"seed": 1}))
     assert torch.equal(first[0].ids, again[0].ids)
     assert not torch.equal(first[0].ids, other[0].ids)
-    assert first[0].tokens == 6 * 17  # a class token and 16 patches each
+    assert first[0].tokens == 6  # a plan counts images
     halves = modality.calibration_batches(images, SAMPLES, divisor=120)
     assert [batch.windows for batch in halves] == [2, 2, 2]
     assert torch.equal(torch.cat([batch.ids for batch in halves]), first[0].ids)
@@ -197,6 +197,7 @@ def test_facts(checkpoints: Callable[[str], Path], cache: Path) -> None:
     record = modality.record("here")
     assert (record.modality, record.unit, record.context) == ("vision", "image", 0)
     assert (record.width, record.inner, record.outputs) == (32, 128, len(CLASSES))
+    assert record.window_tokens == 17  # a class token and 16 patches
     assert (record.licence, record.architecture) == ("apache-2.0", "VisionTransformer")
     assert record.blocks == [f"blocks.{i}" for i in range(3)]
 
