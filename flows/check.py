@@ -149,10 +149,13 @@ def _memory(model: ModelRecord, trial: TrialSpec) -> int:
     """
     size = 4 if model.dtype == "float32" else 2
     held = 2 * model.width + (2 * model.inner if trial.prune.pause == "linear" else 0)
-    calibrating = trial.calibration.samples * trial.calibration.length * held
-    states = trial.windows * trial.context * (4 if trial.error_curves else 1)
+    length, context = trial.calibration.length, trial.context
+    if model.window_tokens:
+        length = context = model.window_tokens
+    calibrating = trial.calibration.samples * length * held
+    states = trial.windows * context * (4 if trial.error_curves else 1)
     kept = sum(model.block_params()) if trial.checkpoint else max(model.block_params())
-    logits = 2 * max(model.batch_tokens, trial.context) * model.outputs
+    logits = 2 * max(model.batch_tokens, context) * model.outputs
     return size * (calibrating + states * model.width + kept + logits)
 
 

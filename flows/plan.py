@@ -125,8 +125,9 @@ def kinds_of_trial(spec: Spec) -> list[TrialSpec]:
 
 def token_passes(trial: TrialSpec) -> int:
     """Tokens times passes over the blocks that a trial will take."""
-    calibration = trial.calibration.samples * trial.calibration.length
-    evaluation = trial.windows * trial.context
+    text = trial.model.modality == "language"  # else images or questions are counted
+    calibration = trial.calibration.samples * (trial.calibration.length if text else 1)
+    evaluation = trial.windows * (trial.context if text else 1)
     passes = 2 if trial.prune.pause == "block" else 1
     if trial.prune.method == "pruner-zero":
         passes += 3  # a forward and a backward of the dense model
