@@ -9,34 +9,35 @@ configuration and tokenizer; from then on opening it takes milliseconds.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from infra.checkpoints import CheckpointLayout, inspect_checkpoint
 from infra.documents import documents, whole_text
 from infra.errors import UserError
 from infra.records import Split
-from infra.sources import cache_dir, fetch
+from infra.sources import fetch
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
 from infra.weights import MappedWeights, save_mapped
 from modalities.base import Batch, HeldWeights, LoadedModality, Weights, resolve_dtype
 from modalities.blocks import Block, find_blocks
+from modalities.converted import (
+    WEIGHTS,
+    convert_once,
+    first_line,
+    licence_of,
+    stated_licence,
+)
 from modalities.text import adds_bos, cut_windows, shuffled
 
 _FORMAT = 2  # of a converted checkpoint; a change makes all of them anew
-_WEIGHTS = "weights.safetensors"
 _PROBE_TOKENS = 64
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 _HEAD_ROWS = 512  # logits turned to float32 at once
@@ -66,7 +67,7 @@ class LanguageModality(LoadedModality):
         for a model whose matrix products are not seen.
         """
         folder = convert(spec, resolve_dtype(spec.dtype, device))
-        weights = MappedWeights(folder / _WEIGHTS)
+        weights = MappedWeights(folder / WEIGHTS)
         model = _skeleton(folder, spec)
         weights.attach(model, "", torch.device("cpu"))
         model.tie_weights()
@@ -77,8 +78,7 @@ class LanguageModality(LoadedModality):
         tokens = min(_PROBE_TOKENS, _context(model))
         ids = torch.arange(tokens).remainder(_vocabulary(model))[None]
         blocks = find_blocks(model, lambda: model(input_ids=ids, use_cache=False))
-        licence = json.loads((folder / "source.json").read_text())["licence"]
-        return cls(model, blocks, weights, device, tokenizer, licence)
+        return cls(model, blocks, weights, device, tokenizer, licence_of(folder))
 
     def calibration_batches(
         self, data: DataSpec, calibration: CalibrationSpec, *, divisor: int = 1
@@ -196,22 +196,12 @@ def convert(spec: ModelSpec, dtype: torch.dtype) -> Path:
     )
     tokenizer_path = fetch(spec.tokenizer, "tokenizer") if spec.tokenizer else None
     tokenizer = CheckpointLayout(tokenizer_path).stamp() if tokenizer_path else []
-    key = json.dumps([_FORMAT, str(dtype), layout.stamp(), tokenizer, spec.trust_remote_code])
-    folder = cache_dir() / "converted" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    making = folder.with_suffix(f".{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{folder}.lock"):
-            if not (folder / "source.json").is_file():
-                making.mkdir(exist_ok=True)
-                _convert(spec, layout, tokenizer_path, dtype, making)
-                making.rename(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or _first_line(error)
-        raise UserError(f"cannot keep {spec.source} in {cache_dir()}: {reason}") from error
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-    return folder
+    return convert_once(
+        spec.source,
+        [_FORMAT, str(dtype), layout.stamp(), tokenizer, spec.trust_remote_code],
+        lambda folder: _convert(spec, layout, tokenizer_path, dtype, folder),
+        licence=stated_licence(layout.folder),
+    )
 
 
 def _convert(
@@ -240,7 +230,7 @@ def _convert(
         )
     except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
         hint = ": fetch it again, it may be cut off" if layout.gguf else ""
-        raise UserError(f"cannot load {spec.source}: {_first_line(error)}{hint}") from error
+        raise UserError(f"cannot load {spec.source}: {first_line(error)}{hint}") from error
     model, info = loaded
     if lost := sorted(info["missing_keys"]):
         raise UserError(f"{spec.source} lacks {len(lost)} weights of its model, {lost[0]} first")
@@ -260,16 +250,14 @@ def _convert(
     except (OSError, ValueError, LookupError) as error:
         raise UserError(
             f"cannot load the tokenizer of {spec.tokenizer or spec.source}: set model.tokenizer to "
-            f"one that transformers loads ({_first_line(error).rstrip(' :')})"
+            f"one that transformers loads ({first_line(error).rstrip(' :')})"
         ) from error
-    save_mapped(model, folder / _WEIGHTS)
+    save_mapped(model, folder / WEIGHTS)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if spec.trust_remote_code:
         _copy_code(layout.folder, folder)
-    licence = _licence(layout.folder)
-    (folder / "source.json").write_text(json.dumps({"source": spec.source, "licence": licence}))
 
 
 def _skeleton(folder: Path, spec: ModelSpec) -> Any:
@@ -311,15 +299,3 @@ def _vocabulary(model: Any) -> int:
 def _copy_code(source: Path, folder: Path) -> None:
     for file in source.glob("*.py"):
         shutil.copy(file, folder)
-
-
-def _licence(folder: Path) -> str:
-    """The licence that a model card states in its front matter."""
-    card = folder / "README.md"
-    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
-    stated = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
-    return stated[0] if stated else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
