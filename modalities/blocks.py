@@ -194,7 +194,10 @@ def _are_blocks(
 ) -> bool:
     if len(called) < 2:
         return False
-    shapes = {s for child in called for c in calls[child] for s in (c.shape_in, c.shape_out)}
+    kinds = {type(model.get_submodule(child)) for child in called}
+    # The first block of a stage may change the shape (MaxViT), where it is one of their kind.
+    entering = {c.shape_in for child in called[len(kinds) == 1 :] for c in calls[child]}
+    shapes = entering | {c.shape_out for child in called for c in calls[child]}
     in_order = [ended[child] for child in called]
     composite = all(
         any(True for _ in module.children()) and any(p.ndim >= 2 for p in module.parameters())

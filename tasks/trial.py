@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infra.documents import Split, data_sha256
 from infra.records import SHOWN, Cost, ModelRecord, TrialResult, TrialSpec
@@ -38,10 +38,12 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     started = time.perf_counter()
     from tasks.checkpoint import save_checkpoint
     from tasks.sweep import sweep
-    from tasks.zero_shot import zero_shot
+    from tasks.zero_shot import check_tasks, zero_shot
 
     before = list(_loaded)
     modality = loaded(spec.model)
+    if spec.tasks:
+        check_tasks(modality, **_asked_of_tasks(spec))  # before the sweep, which takes longer
     _reset_peak_memory(modality.device)
     matrices = modality.matrices()
     plan = plan_of(spec.prune, matrices, spec.profile)
@@ -72,13 +74,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     where, hashes = "", dict[str, str]()
     scores, dense_scores = outcome.measured.scores, outcome.dense.scores
     measure_tasks = partial(
-        zero_shot,
-        modality,
-        spec.tasks,
-        rows=spec.task_rows,
-        skip=_skipped_rows(spec),
-        data=spec.task_data,
-        batch_divisor=batch_divisor,
+        zero_shot, modality, **_asked_of_tasks(spec), batch_divisor=batch_divisor
     )
     try:
         if spec.checkpoint:
@@ -153,10 +149,7 @@ def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> Mo
         modality.calibration_batches(trial.data, trial.calibration)
         modality.evaluation_batches(trial.data, trial.split, trial.windows, trial.context)
         if trial.tasks:
-            skip = _skipped_rows(trial)
-            check_tasks(
-                modality, trial.tasks, rows=trial.task_rows, skip=skip, data=trial.task_data
-            )
+            check_tasks(modality, **_asked_of_tasks(trial))
     batches = modality.evaluation_batches(
         first.data, first.split, first.windows, first.context, divisor=batch_divisor
     )
@@ -188,7 +181,8 @@ def time_dense(spec: TrialSpec, *, batch_divisor: int = 1) -> tuple[int, float]:
     dense = spec.prune.model_copy(
         update={"sparsity": 0.0, "allocation": "uniform", "beta": 0.0, "parameters": {}}
     )
-    result = run_trial(spec.model_copy(update={"prune": dense}), batch_divisor=batch_divisor)
+    alone = spec.model_copy(update={"prune": dense, "tasks": []})
+    result = run_trial(alone, batch_divisor=batch_divisor)
     return sum(result.tokens), result.cost.sweep_s
 
 
@@ -208,9 +202,10 @@ def loaded(spec: ModelSpec) -> LoadedModality:
     return _loaded[key]
 
 
-def _skipped_rows(spec: TrialSpec) -> int:
+def _asked_of_tasks(spec: TrialSpec) -> dict[str, Any]:
     """The first rows of a task are reported, so a selection uses those after them."""
-    return spec.task_rows if spec.split == "selection" else 0
+    skip = spec.task_rows if spec.split == "selection" else 0
+    return {"tasks": spec.tasks, "rows": spec.task_rows, "skip": skip, "data": spec.task_data}
 
 
 def _make_dense(modality: LoadedModality) -> None:

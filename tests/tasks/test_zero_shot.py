@@ -256,7 +256,9 @@ def test_a_trial_measures_the_pruned_model_and_the_dense_one_once(spec: TrialSpe
         assert torch.equal(parameter, dense[name]), name
 
 
-def test_a_selection_uses_the_rows_after_those_reported(spec: TrialSpec) -> None:
+def test_a_selection_uses_the_rows_after_those_reported(
+    spec: TrialSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     searched = {"split": "selection", "stage": "search", "checkpoint": False}
     nothing = {"prune": PruneSpec(sparsity=0.0)}
     result = trial.run_trial(spec.model_copy(update=searched | nothing))
@@ -265,6 +267,9 @@ def test_a_selection_uses_the_rows_after_those_reported(spec: TrialSpec) -> None
     assert result.scores == {name: values[3:6] for name, values in whole.items()}
     with pytest.raises(UserError, match="arc_easy has 7 rows, the selection needs 4 \\+ 4"):
         trial.describe_model([spec.model_copy(update=searched | {"task_rows": 4})])
+    monkeypatch.setattr("tasks.sweep.sweep", lambda *_, **__: pytest.fail("it was swept first"))
+    with pytest.raises(UserError, match="did you mean 'boolq'"):
+        trial.run_trial(spec.model_copy(update={"tasks": ["bolq"]}))
 
 
 def test_a_failed_task_leaves_the_dense_model(
