@@ -255,6 +255,7 @@ def _blip2() -> tuple[Any, Any]:
 
 
 def _clip() -> tuple[Any, Any]:
+    from tokenizers import processors
     from transformers import CLIPProcessor
 
     text = {k: v for k, v in _TEXT.items() if k != "num_key_value_heads"}
@@ -264,7 +265,12 @@ def _clip() -> tuple[Any, Any]:
         text_config=text | {"max_position_embeddings": 64},
         projection_dim=16,
     )
-    return config, CLIPProcessor(_square(), tokenizer())
+    words = tokenizer()
+    ends = [("<s>", 256), ("<eos>", 258)]
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <eos>", special_tokens=ends
+    )
+    return config, CLIPProcessor(_square(), words)
 
 
 def _encoder_decoder() -> tuple[Any, Any]:
