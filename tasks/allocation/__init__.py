@@ -108,6 +108,7 @@ def _spread_bounds(matrices: Matrices, sparsity: float) -> tuple[float, float]:
 ALLOCATIONS: dict[str, Allocation] = {
     "arithmetic": Allocation(families.arithmetic, fixed(Parameter("beta", 0.0, _beta))),
     "uniform": Allocation(families.uniform),
+    "towers": Allocation(families.towers, families.tower_parameters),
     "bent": Allocation(
         families.bent, fixed(Parameter("beta", 0.0, _beta), Parameter("bend", 0.0, _bend))
     ),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from infra.records import MatrixRecord
 from infra.specs import PruneSpec
 from tasks.allocation.budget import MOST, Plan, fit, weighted_mean
-from tasks.allocation.line import arithmetic_rates, bent_rates
+from tasks.allocation.line import arithmetic_rates, bent_rates, beta_bounds
 
 if TYPE_CHECKING:
     from modalities.base import Batch, Modality
@@ -122,6 +122,40 @@ def arithmetic(
     """A line over depth; a slope that leaves [0, 1) is refused."""
     rates = arithmetic_rates(block_params(matrices), sparsity, values["beta"])
     return Plan(spread(matrices, rates))
+
+
+def towers(matrices: Matrices, sparsity: float, values: Values, profile: Sequence[float]) -> Plan:
+    """A line over the depth of each tower; the mean over the weights of each is S."""
+    sizes = block_params(matrices)
+    rates = [sparsity] * len(sizes)
+    for name, blocks in tower_blocks(matrices).items():
+        line = arithmetic_rates([sizes[b] for b in blocks], sparsity, values[name], name)
+        for block, rate in zip(blocks, line, strict=True):
+            rates[block] = rate
+    return Plan(spread(matrices, rates))
+
+
+def tower_parameters(matrices: Matrices) -> list[Parameter]:
+    """The slope of each tower: beta_vision, beta_language..., beta of a model that is one."""
+
+    def bounds_in(name: str) -> Bounds:
+        def bounds(matrices: Matrices, sparsity: float) -> tuple[float, float]:
+            sizes = block_params(matrices)
+            return beta_bounds([sizes[b] for b in tower_blocks(matrices)[name]], sparsity)
+
+        return bounds
+
+    return [Parameter(name, 0.0, bounds_in(name)) for name in tower_blocks(matrices)]
+
+
+def tower_blocks(matrices: Matrices) -> dict[str, list[int]]:
+    """The blocks of each tower in order, by the name of its slope."""
+    found: dict[str, list[int]] = {}
+    for matrix in matrices:
+        blocks = found.setdefault(f"beta_{matrix.tower}" if matrix.tower else "beta", [])
+        if matrix.block not in blocks:
+            blocks.append(matrix.block)
+    return found
 
 
 def bent(matrices: Matrices, sparsity: float, values: Values, profile: Sequence[float]) -> Plan:
