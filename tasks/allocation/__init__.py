@@ -25,6 +25,7 @@ from infra.specs import PruneSpec
 from tasks.allocation import families
 from tasks.allocation.budget import MOST, Plan, zeros_per_matrix
 from tasks.allocation.families import (
+    NOT_REPRODUCED,
     Allocation,
     Matrices,
     Parameter,
@@ -170,15 +171,6 @@ ALLOCATIONS: dict[str, Allocation] = {
         # each calibrates, evaluates, and has a dense copy riding along that goes twice
         passes=lambda values, windows, matrices: 13 * 4 * min(windows, values["samples"]),
     ),
-}
-
-NOT_REPRODUCED: dict[str, str] = {
-    "als": "its rates come from a linear program over a redundancy between layers, whose "
-    "estimator and limits are not given as a formula that could be followed",
-    "dsa": "its rule is the result of an evolutionary search over formulas; the one found is not "
-    "given as a formula that could be followed",
-    "lsa": "how its blocks' minimal reconstruction errors become rates is not given as a formula "
-    "that could be followed",
 }
 
 

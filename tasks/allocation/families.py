@@ -27,6 +27,17 @@ Values = Mapping[str, float]
 Bounds = Callable[[Matrices, float], tuple[float, float]]
 
 
+# Published, but not as a formula that could be followed; the reason is told to who asks for one.
+NOT_REPRODUCED: dict[str, str] = {
+    "als": "its rates come from a linear program over a redundancy between layers, whose "
+    "estimator and limits are not given as a formula that could be followed",
+    "dsa": "its rule is the result of an evolutionary search over formulas; the one found is not "
+    "given as a formula that could be followed",
+    "lsa": "how its blocks' minimal reconstruction errors become rates is not given as a formula "
+    "that could be followed",
+}
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A number of an allocation.
