@@ -228,7 +228,7 @@ class Modality(ABC):
     def matrices(self) -> list[MatrixRecord]:
         """Every prunable matrix, in the order of its use."""
         return [
-            MatrixRecord(block=index, matrix=matrix.name, params=matrix.params)
+            MatrixRecord(block=index, matrix=matrix.name, params=matrix.params, tower=block.tower)
             for index, block in enumerate(self.blocks)
             for matrix in block.matrices
         ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,12 +27,16 @@ _MAX_UNSEEN = 0.01  # of a block's matrix weights
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One block: its name in the model and its prunable matrices in the order of their use."""
+    """One block: its name in the model and its prunable matrices in the order of their use.
+
+    `tower` is the part of a model of several that it belongs to, such as vision or language.
+    """
 
     name: str
     module: nn.Module
     matrices: tuple[Matrix, ...]
     unseen: tuple[str, ...] = ()
+    tower: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,30 @@ def find_blocks(model: nn.Module, forward: Callable[[], Any]) -> list[Block]:
     if not any(block.matrices for block in blocks):
         raise UserError(f"no matrix products were seen in the blocks of {type(model).__name__}")
     _refuse_shared(blocks)
-    return blocks
+    towers = {block.name: _tower(model, block.name) for block in blocks}
+    several = len(set(towers.values())) > 1
+    return [replace(b, tower=towers[b.name]) for b in blocks] if several else blocks
+
+
+def _tower(model: nn.Module, name: str) -> str:
+    """What a block is a part of, by the sub-configuration of the model whose module holds it.
+
+    A tower that is given pixels is `vision`, one that speaks is `language`; others are called as
+    in the configuration, less `_config`.
+    """
+    config = getattr(model, "config", None)
+    parts = {id(getattr(config, key, None)): key for key in getattr(config, "sub_configs", ())}
+    place = name
+    while place := place.rpartition(".")[0]:
+        module: Any = model.get_submodule(place)
+        key = parts.get(id(getattr(module, "config", None)), "").removesuffix("_config")
+        if not key:
+            continue
+        if "vision" in key or getattr(module, "main_input_name", "") == "pixel_values":
+            return "vision"
+        speaks = key in ("text", "decoder") and getattr(model, "can_generate", bool)()
+        return "language" if speaks else key
+    return ""
 
 
 def _refuse_shared(blocks: list[Block]) -> None:
@@ -156,11 +183,10 @@ def _recorder(name: str, calls: dict[str, list[_Call]], order: list[str]) -> Cal
 
 
 def hidden_state(tree: Any) -> Tensor | None:
-    """The first floating tensor of at least three dimensions."""
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim >= 3:
-            return leaf
-    return None
+    """The first floating tensor of at least three dimensions, or else of two: packed patches."""
+    floating = [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
+    states = [x for x in floating if x.ndim >= 3] or [x for x in floating if x.ndim == 2]
+    return states[0] if states else None
 
 
 def _are_blocks(

@@ -40,6 +40,10 @@ from infra.errors import UserError
 from modalities.blocks import hidden_state
 
 _DEVICES = ("cpu", "cuda")
+if not torch.cuda.is_available():
+    # transformers asks this inside vision-language models. Without a driver torch 2.14 raises, and
+    # that ended the process with a segmentation fault where the stack was a coroutine's.
+    setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # noqa: B010 # for mypy
 
 
 @contextmanager

@@ -9,6 +9,7 @@ of the numbers that a search varies. Nothing here imports torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from infra.records import MatrixRecord
 from infra.specs import PruneSpec
 from tasks.allocation.budget import MOST, Plan, fit, weighted_mean
-from tasks.allocation.line import arithmetic_rates, bent_rates
+from tasks.allocation.line import arithmetic_rates, bent_rates, beta_bounds
 
 if TYPE_CHECKING:
     from modalities.base import Batch, Modality
@@ -26,24 +27,38 @@ Values = Mapping[str, float]
 Bounds = Callable[[Matrices, float], tuple[float, float]]
 
 
+# Published, but not as a formula that could be followed; the reason is told to who asks for one.
+NOT_REPRODUCED: dict[str, str] = {
+    "als": "its rates come from a linear program over a redundancy between layers, whose "
+    "estimator and limits are not given as a formula that could be followed",
+    "dsa": "its rule is the result of an evolutionary search over formulas; the one found is not "
+    "given as a formula that could be followed",
+    "lsa": "how its blocks' minimal reconstruction errors become rates is not given as a formula "
+    "that could be followed",
+}
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A number of an allocation.
 
     `bounds`, of matrices and sparsity, is the open interval that a search may vary it in; without
-    them it belongs to the measurement and stays as it is.
+    them it belongs to the measurement and stays as it is. `least` and `most` are what it may be.
     """
 
     name: str
     default: float
     bounds: Bounds | None = None
+    least: float = -math.inf
+    most: float = math.inf
 
 
 @dataclass(frozen=True)
 class Allocation:
     """`rates(matrices, sparsity, values, profile)` is pure; `measure` fills the profile, one number
     per matrix, with calibration batches where `needs_data`; where it `prunes`, the method matters
-    too. `cost` says what measuring takes."""
+    too. `cost` says what measuring takes; `passes`, of values, windows and matrices, is that in
+    windows that pass all blocks."""
 
     rates: Callable[[Matrices, float, Values, Sequence[float]], Plan]
     parameters: Callable[[Matrices], Sequence[Parameter]] = lambda matrices: ()
@@ -51,6 +66,7 @@ class Allocation:
     needs_data: bool = False
     prunes: bool = False
     cost: str = "none"
+    passes: Callable[[Values, int, int], float] = lambda values, windows, matrices: 0.0
 
 
 def fixed(*parameters: Parameter) -> Callable[[Matrices], Sequence[Parameter]]:
@@ -119,6 +135,40 @@ def arithmetic(
     return Plan(spread(matrices, rates))
 
 
+def towers(matrices: Matrices, sparsity: float, values: Values, profile: Sequence[float]) -> Plan:
+    """A line over the depth of each tower; the mean over the weights of each is S."""
+    sizes = block_params(matrices)
+    rates = [sparsity] * len(sizes)
+    for name, blocks in tower_blocks(matrices).items():
+        line = arithmetic_rates([sizes[b] for b in blocks], sparsity, values[name], name)
+        for block, rate in zip(blocks, line, strict=True):
+            rates[block] = rate
+    return Plan(spread(matrices, rates))
+
+
+def tower_parameters(matrices: Matrices) -> list[Parameter]:
+    """The slope of each tower: beta_vision, beta_language..., beta of a model that is one."""
+
+    def bounds_in(name: str) -> Bounds:
+        def bounds(matrices: Matrices, sparsity: float) -> tuple[float, float]:
+            sizes = block_params(matrices)
+            return beta_bounds([sizes[b] for b in tower_blocks(matrices)[name]], sparsity)
+
+        return bounds
+
+    return [Parameter(name, 0.0, bounds_in(name)) for name in tower_blocks(matrices)]
+
+
+def tower_blocks(matrices: Matrices) -> dict[str, list[int]]:
+    """The blocks of each tower in order, by the name of its slope."""
+    found: dict[str, list[int]] = {}
+    for matrix in matrices:
+        blocks = found.setdefault(f"beta_{matrix.tower}" if matrix.tower else "beta", [])
+        if matrix.block not in blocks:
+            blocks.append(matrix.block)
+    return found
+
+
 def bent(matrices: Matrices, sparsity: float, values: Values, profile: Sequence[float]) -> Plan:
     """A line with a bend towards the last blocks."""
     plan = bent_rates(block_params(matrices), sparsity, values["beta"], values["bend"])
@@ -153,6 +203,14 @@ def measured(matrices: Matrices, sparsity: float, values: Values, profile: Seque
     legal = all(0 <= rate < 1 for rate in profile)
     if legal and abs(weighted_mean(profile, params) - sparsity) < 1e-12:
         return Plan(list(profile))
+    return fit(profile, [1.0] * len(profile), params, sparsity, high=max(MOST, sparsity))
+
+
+def thresholded(
+    matrices: Matrices, sparsity: float, values: Values, profile: Sequence[float]
+) -> Plan:
+    """The profile holds the rates of one threshold over all matrices: in range after clamping."""
+    params = params_of(matrices)
     return fit(profile, [1.0] * len(profile), params, sparsity, high=max(MOST, sparsity))
 
 

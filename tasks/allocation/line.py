@@ -41,10 +41,13 @@ def tilt(beta: float, params: Sequence[int], sparsity: float) -> float:
     return beta / bound if beta and bound else 0.0
 
 
-def arithmetic_rates(params: Sequence[int], sparsity: float, beta: float) -> list[float]:
+def arithmetic_rates(
+    params: Sequence[int], sparsity: float, beta: float, name: str = "beta"
+) -> list[float]:
     """Rates s_i = S + beta * (i - c), i = 1..L, of blocks with `params` weights each.
 
-    Their parameter-weighted mean is S. Raises UserError where beta takes a rate out of [0, 1).
+    Their parameter-weighted mean is S. Raises UserError where beta, called `name` there, takes a
+    rate out of [0, 1).
     """
     c = centre(params)
     rates = [sparsity + beta * (i - c) for i in range(1, len(params) + 1)]
@@ -54,7 +57,7 @@ def arithmetic_rates(params: Sequence[int], sparsity: float, beta: float) -> lis
         bound = high if beta > 0 else -low
         steps = max(0, math.ceil(bound * 1e5 - 1e-6) - 1)  # the bound itself is excluded
         raise UserError(
-            f"beta={beta:g} is too {too} for {len(params)} blocks at sparsity {sparsity:g}: "
+            f"{name}={beta:g} is too {too} for {len(params)} blocks at sparsity {sparsity:g}: "
             f"{limit}{steps / 1e5:.5f}"
         )
     return rates

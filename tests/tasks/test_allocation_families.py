@@ -27,7 +27,7 @@ from tasks.allocation import (
     with_values,
 )
 from tasks.allocation.budget import MOST, fit, weighted_mean
-from tasks.allocation.line import bend_shape
+from tasks.allocation.line import arithmetic_rates, bend_shape, beta_bounds
 
 Matrices = list[MatrixRecord]
 
@@ -75,7 +75,7 @@ def test_any_value_of_any_number_keeps_the_mean(
     assert len(plan.rates) == len(matrices)
     assert mean_of(matrices, plan.rates) == pytest.approx(sparsity, abs=1e-9)
     assert all(0 <= rate < 1 for rate in plan.rates)
-    if name not in ("arithmetic", *RATES):
+    if name not in ("arithmetic", "towers", *RATES):
         assert max(plan.rates) <= max(MOST, sparsity) + 1e-12
     assert 0 <= plan.clamped <= len(matrices)
     if plan.clamped:
@@ -169,6 +169,33 @@ def test_bent_without_a_bend_is_a_line_and_bends_up_at_the_end() -> None:
         rates = [0.6 + edge * q for q in bend_shape([100] * 10)]
         assert min(abs(min(rates)), abs(1 - max(rates))) < 1e-9
         assert all(-1e-9 <= rate <= 1 + 1e-9 for rate in rates)
+
+
+def test_towers_have_a_line_each() -> None:
+    pair = records((40,), (10, 10), (20,), (30,), (50,))
+    matrices = [
+        m.model_copy(update={"tower": "vision" if m.block < 3 else "language"}) for m in pair
+    ]
+    prune = PruneSpec(sparsity=0.5, allocation="towers")
+    bounds = bounds_of(prune, matrices)
+    assert bounds == {
+        "beta_vision": beta_bounds([40, 20, 20], 0.5),
+        "beta_language": beta_bounds([30, 50], 0.5),
+    }
+    for vision, language in ((0.2, -0.3), (-0.1, 0.0)):
+        values = {"beta_vision": vision, "beta_language": language}
+        rates = rates_of(with_values(prune, values), matrices, ())
+        lines = block_rates(matrices, rates, 5)
+        assert lines[:3] == pytest.approx(arithmetic_rates([40, 20, 20], 0.5, vision))
+        assert lines[3:] == pytest.approx(arithmetic_rates([30, 50], 0.5, language))
+    assert set(rates_of(prune, matrices, ())) == {0.5}
+    with pytest.raises(UserError, match=r"beta_language=0.9 is too large for 2 blocks"):
+        rates_of(with_values(prune, {"beta_language": 0.9}), matrices, ())
+    # A model that is one tower has one number, and it is a line.
+    line = prune.model_copy(update={"beta": 0.1})
+    assert list(bounds_of(prune, pair)) == ["beta"]
+    arithmetic = PruneSpec(sparsity=0.5, beta=0.1)
+    assert rates_of(line, pair, ()) == rates_of(arithmetic, pair, ())
 
 
 def test_free_has_a_number_for_every_block() -> None:
