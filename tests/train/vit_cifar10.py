@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="of all processes together")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", type=Path, help="last.pt: from there the rate only falls")
     options = parser.parse_args()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,6 +113,8 @@ def _train(model: Any, options: Any, ranks: int, device: torch.device) -> float:
     images, labels = (x.to(device) for x in _images([f"data_batch_{i}" for i in range(1, 6)]))
     test, expected = (x.to(device) for x in _images(["test_batch"]))
     # Blocks compute in bfloat16; what is trained are float32 copies of everything.
+    if options.resume:
+        model.load_state_dict(torch.load(options.resume, weights_only=True))
     trained = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
     model.blocks.bfloat16()
     matrices = [p for n, p in trained.items() if n.startswith("blocks.") and p.ndim == 2]
@@ -125,13 +128,14 @@ def _train(model: Any, options: Any, ranks: int, device: torch.device) -> float:
     share, per_epoch = options.batch // ranks, len(images) // options.batch
     steps, step, started = options.epochs * per_epoch, 0, time.perf_counter()
     chance = torch.Generator().manual_seed(1000 * options.seed + rank)
+    up = 0.0 if options.resume else 0.15
     for epoch in range(options.epochs):
-        torch.manual_seed(options.seed + epoch)
+        torch.manual_seed(options.seed + epoch + 5 * bool(options.resume))  # new orders
         order, total = torch.randperm(len(images)).split(options.batch), 0.0
         model.train()
         for batch in order[:per_epoch]:
             for group in (g for o in optimizers for g in o.param_groups):
-                group["lr"] = options.rate * _cycle(step / steps) + 1e-5
+                group["lr"] = options.rate * _cycle(step / steps, up) + 1e-5
             chosen = batch[rank * share :][:share].to(device)
             inputs = _shifted(images[chosen], chance)
             loss = F.cross_entropy(_logits(model, inputs), labels[chosen], label_smoothing=0.1)
@@ -164,9 +168,9 @@ def _train(model: Any, options: Any, ranks: int, device: torch.device) -> float:
     return _accuracy(model, test, expected)
 
 
-def _cycle(done: float) -> float:
-    """Up in the first 15 %, then down like a cosine."""
-    return done / 0.15 if done < 0.15 else 0.5 * (1 + math.cos(math.pi * (done - 0.15) / 0.85))
+def _cycle(done: float, up: float) -> float:
+    """Up in a first share, then down like a cosine."""
+    return done / up if done < up else 0.5 * (1 + math.cos(math.pi * (done - up) / (1 - up)))
 
 
 def _shifted(images: Tensor, chance: torch.Generator) -> Tensor:
