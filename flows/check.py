@@ -23,12 +23,13 @@ from flows.live import duration
 from flows.plan import (
     kinds_of_trial,
     ladder,
+    measuring_passes,
     planned_passes,
     search_trial,
     token_passes,
     waves_left,
 )
-from flows.search import pin
+from flows.search import pin, refuse
 from infra.cluster import Cluster, connect
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialSpec
@@ -41,6 +42,7 @@ def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
     """Print the plan of a search and return it; raises UserError where it could not run."""
     cells = cells_of(spec) if spec.compare.varies else [Cell("", "", spec)]
     if len(cells) == 1:
+        refuse(spec)
         pin(spec)  # what cannot be read is refused before Ray is started
     found: dict[str, _Found | UserError] = {}  # by the model's source
     refused: dict[str, str] = {}
@@ -55,12 +57,14 @@ def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
             try:
                 if isinstance(look, UserError):
                     raise look
+                refuse(cell.spec)
                 _try_rates(cell.spec, look, cluster)
             except UserError as error:
                 refused[cell.name] = str(error)
                 continue
-            passes += planned_passes(cell.spec, look.model, {})
-            in_turn = _passes_in_turn(cell.spec, look.model, where["parallel"])
+            measuring = measuring_passes(cell.spec, look.model)
+            passes += measuring + planned_passes(cell.spec, look.model, {})
+            in_turn = measuring + _passes_in_turn(cell.spec, look.model, where["parallel"])
             seconds += in_turn * look.seconds_per_token
             memory = max(memory, *(_memory(look.model, t) for t in kinds_of_trial(cell.spec)))
     shown = next((look for look in found.values() if isinstance(look, _Found)), None)
@@ -145,10 +149,13 @@ def _memory(model: ModelRecord, trial: TrialSpec) -> int:
     """
     size = 4 if model.dtype == "float32" else 2
     held = 2 * model.width + (2 * model.inner if trial.prune.pause == "linear" else 0)
-    calibrating = trial.calibration.samples * trial.calibration.length * held
-    states = trial.windows * trial.context * (4 if trial.error_curves else 1)
+    length, context = trial.calibration.length, trial.context
+    if model.window_tokens:
+        length = context = model.window_tokens
+    calibrating = trial.calibration.samples * length * held
+    states = trial.windows * context * (4 if trial.error_curves else 1)
     kept = sum(model.block_params()) if trial.checkpoint else max(model.block_params())
-    logits = 2 * max(model.batch_tokens, trial.context) * model.outputs
+    logits = 2 * max(model.batch_tokens, context) * model.outputs
     return size * (calibrating + states * model.width + kept + logits)
 
 

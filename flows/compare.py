@@ -22,7 +22,7 @@ from flows.cells import Cell, cells_of
 from flows.comparison import Comparison, write_comparison
 from flows.live import Event
 from flows.plan import Results, final_wave, kinds_of_trial, next_wave, search_trial
-from flows.search import Run, pin
+from flows.search import Run, pin, refuse
 from flows.study import drive
 from infra import tracking
 from infra.cluster import Cluster, connect
@@ -65,8 +65,7 @@ def _runs(
     for cell in cells:
         store = stack.enter_context(RunStore.open(cell.spec))
         view, source = views[cell.name], cell.spec.model.source
-        if source in shared.refused:
-            error = shared.refused[source]
+        if error := shared.refused_because(cell):
             store.event("stopped", cause="UserError", reason=str(error))
             view.event({"kind": "stopped", "reason": str(error)})
             continue
@@ -134,6 +133,14 @@ class _Shared:
                 self.refused[source] = error
         if not self.pins:
             raise next(iter(self.refused.values()))
+
+    def refused_because(self, cell: Cell) -> UserError | None:
+        """Why a cell cannot begin: its model cannot be read, or its spec contradicts itself."""
+        try:
+            refuse(cell.spec)
+        except UserError as error:
+            return error
+        return self.refused.get(cell.spec.model.source)
 
     def describe(self, spec: Spec) -> ModelRecord:
         """The model as one cell found it, with this cell's own measurement."""

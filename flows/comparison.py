@@ -19,7 +19,7 @@ from rich.table import Table
 from flows.cells import Cell, cells_of
 from flows.figures import RUNG_COLOURS, Figure
 from flows.measures import label
-from flows.plan import ladder, search_trial, token_passes
+from flows.plan import ladder, measuring_passes, search_trial, token_passes
 from flows.report import page
 from infra.records import TrialResult
 from infra.store import RunStore, write_atomic
@@ -208,13 +208,16 @@ def _ratios(result: TrialResult, dense: Sequence[float]) -> list[float]:
 
 
 def _search_cost(cell: Cell, store: RunStore) -> float:
-    """Token passes of the search, the final comparison left out, over those of one full trial.
+    """Token passes of the search and of what the allocation measures, the final comparison left
+    out, over those of one full trial.
 
     Trials that another cell had done count as well, so that allocations can be compared.
     """
     full = token_passes(search_trial(cell.spec, cell.spec.prune, len(ladder(cell.spec)) - 1))
     passes = (r.cost.token_passes for r in store.results().values() if r.spec.stage == "search")
-    return sum(passes) / full
+    model = store.model()
+    measuring = measuring_passes(cell.spec, model) if model else 0
+    return (measuring + sum(passes)) / full
 
 
 def _plots(rows: Sequence[Row]) -> dict[str, tuple[str, Figure]]:

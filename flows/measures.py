@@ -29,7 +29,8 @@ def label(name: str, metric: dict[str, Any]) -> str:
     """How a metric is called in a table."""
     if name == "loss":
         return f"loss, {metric['unit']}"
-    return _LABELS.get(name, f"{name}, %" if metric["unit"] == "%" else name)
+    split = f" ({metric['split']})" if "split" in metric else ""
+    return _LABELS.get(name, f"{name}, %{split}" if metric["unit"] == "%" else name)
 
 
 def metrics_of(side: Sequence[TrialResult], unit: str) -> dict[str, Any]:
@@ -61,7 +62,9 @@ def _metrics(
         found["bits_per_byte"] = bits_per_byte(losses, like.tokens, like.bytes)
     found |= {name: percentage(rows) for name, rows in scores.items()}
     found["loss"] = mean_loss(losses, like.tokens, unit)
-    return {name: asdict(estimate) for name, estimate in found.items()}
+    # Tasks on a folder of data sets have the rows of a validation split, which the name then says.
+    split = {"split": "validation"} if like.spec.task_data else {}
+    return {name: asdict(each) | (split if "/" in name else {}) for name, each in found.items()}
 
 
 def gains_of(

@@ -18,7 +18,7 @@ from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import grid, propose
 from infra.specs import PruneSpec, Spec
-from tasks.allocation import bounds_of, with_values
+from tasks.allocation import bounds_of, measuring_windows, values_of, with_values
 from tasks.statistics import ruled_out
 
 Results = Mapping[int, TrialResult]
@@ -125,12 +125,20 @@ def kinds_of_trial(spec: Spec) -> list[TrialSpec]:
 
 def token_passes(trial: TrialSpec) -> int:
     """Tokens times passes over the blocks that a trial will take."""
-    calibration = trial.calibration.samples * trial.calibration.length
-    evaluation = trial.windows * trial.context
+    text = trial.model.modality == "language"  # else images or questions are counted
+    calibration = trial.calibration.samples * (trial.calibration.length if text else 1)
+    evaluation = trial.windows * (trial.context if text else 1)
     passes = 2 if trial.prune.pause == "block" else 1
     if trial.prune.method == "pruner-zero":
         passes += 3  # a forward and a backward of the dense model
     return calibration * passes + evaluation * (3 if trial.error_curves else 1)
+
+
+def measuring_passes(spec: Spec, model: ModelRecord) -> int:
+    """Token passes until the allocation has measured what it needs; no trial counts them."""
+    calibration = spec.calibration
+    windows = measuring_windows(spec.prune, calibration.samples, model.matrices)
+    return round(windows * calibration.length)
 
 
 def planned_passes(spec: Spec, model: ModelRecord | None, results: Results) -> int:
@@ -193,7 +201,18 @@ def _scouts(spec: Spec, model: ModelRecord, results: Results) -> list[TrialSpec]
             for r in tried
         ],
     )
+    if not tried:
+        _try_defaults(proposed, values_of(spec.prune, model.matrices))
     return [search_trial(spec, _at(spec.prune, values), 0, model.profile) for values in proposed]
+
+
+def _try_defaults(proposed: list[dict[str, float]], defaults: Mapping[str, float]) -> None:
+    """The published number is among the first candidates, instead of the one nearest to it."""
+    if len(proposed) > 1 and len(proposed[0]) == 1:
+        ((name, _),) = proposed[0].items()
+        if defaults[name]:
+            near = min(proposed[1:], key=lambda values: abs(values[name] - defaults[name]))
+            near[name] = defaults[name]
 
 
 def _climb(spec: Spec, results: Results) -> tuple[PruneSpec, list[TrialSpec]]:

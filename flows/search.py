@@ -65,6 +65,7 @@ def prune(spec: Spec, *, as_json: bool = False) -> Report:
 
 
 def _alone(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
+    refuse(spec)
     pinned_spec = pin(spec)  # what cannot be read is refused before a run directory is there
     with (
         RunStore.open(spec, command) as store,
@@ -286,23 +287,28 @@ class Run:
         )
 
 
+def refuse(spec: Spec) -> None:
+    """Raise UserError where a spec contradicts itself, whatever its sources hold."""
+    data, prune = spec.data, spec.prune
+    if not data.source and not (data.calibration and data.selection and data.report):
+        raise UserError(MISSING_SOURCE)
+    if prune.sparsity == 0:
+        raise UserError("prune.sparsity=0 prunes nothing: give the share of zeros, such as 0.6")
+    if prune.pattern[0].isdigit() and prune.allocation != "uniform":
+        raise UserError(
+            f"prune.pattern={prune.pattern} fixes the rate of every matrix: set "
+            "prune.allocation=uniform and the sparsity that it has"
+        )
+    if data.cut == "whole" and spec.search.protocol != "paper":
+        raise UserError("data.cut='whole' does not keep splits apart: use search.protocol='paper'")
+
+
 def pin(spec: Spec) -> Spec:
     """The spec with the exact revision of every source, so that all nodes read the same.
 
     Raises UserError where a source is missing, or a checkpoint is cut off or unsafe.
     """
     model, data = spec.model, spec.data
-    if not data.source and not (data.calibration and data.selection and data.report):
-        raise UserError(MISSING_SOURCE)
-    if spec.prune.sparsity == 0:
-        raise UserError("prune.sparsity=0 prunes nothing: give the share of zeros, such as 0.6")
-    if spec.prune.pattern[0].isdigit() and spec.prune.allocation != "uniform":
-        raise UserError(
-            f"prune.pattern={spec.prune.pattern} fixes the rate of every matrix: set "
-            "prune.allocation=uniform and the sparsity that it has"
-        )
-    if data.cut == "whole" and spec.search.protocol != "paper":
-        raise UserError("data.cut='whole' does not keep splits apart: use search.protocol='paper'")
     inspect_checkpoint(
         fetch(model.source, allow_pickle=model.allow_pickle),
         allow_pickle=model.allow_pickle,

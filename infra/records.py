@@ -53,6 +53,7 @@ class ModelRecord(Frozen):
     inner: int = Field(0, description="largest side of a matrix in a block")
     outputs: int = Field(0, description="of the head: the vocabulary of a language model")
     batch_tokens: int = Field(0, description="that pass a block, and the head, at once")
+    window_tokens: int = Field(0, description="of an image in its first block; 0: text decides")
     adds_bos: bool = False
     profile: list[float] = Field(
         default=[], description="what the spec's allocation measured, one number per matrix"

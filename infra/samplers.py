@@ -29,7 +29,7 @@ FIRST_TILTS = (0.0, 0.25, 0.55, -0.25)
 FIRST_SHARES = (0.0, 0.25, 0.55, 0.85)  # the same where uniform is the lowest value there is
 PAPER_STEP = 0.002
 GRID_STEPS = 10
-_INSIDE = 1 - 1e-6  # of the bounds, which gp likes to propose; 0 is uniform, and legal
+_INSIDE = 0.999  # of the bounds, which gp likes to propose; 0 is uniform, and legal
 RETRY_S = 60.0
 
 Values = Mapping[str, float]

@@ -146,7 +146,7 @@ class PruneSpec(Frozen):
     @classmethod
     def _known_pattern(cls, value: str) -> str:
         found = re.fullmatch(r"unstructured|(N|[0-9]+):([0-9]+)", value)
-        if not found or (found[1] not in (None, "N") and not 0 < int(found[1]) < int(found[2])):
+        if not found or (found[1] and not 0 < int(found[1].replace("N", "1")) < int(found[2])):
             raise ValueError("write unstructured, N:M such as 2:4, or N:8 for one N per block")
         return value
 

@@ -32,7 +32,7 @@ from infra.specs import CalibrationSpec, DataSpec, ModelSpec
 from infra.weights import MappedWeights, save_mapped
 from modalities.base import Batch, HeldWeights, LoadedModality, Measured, Weights, resolve_dtype
 from modalities.blocks import Block, find_blocks
-from modalities.converted import WEIGHTS, convert_once, first_line, licence_of, stated_licence
+from modalities.converted import WEIGHTS, convert_once, licence_of, stated_licence
 
 _FORMAT = 1  # of a converted checkpoint; a change makes all of them anew
 _CONFIG = "config.json"
@@ -43,15 +43,14 @@ _CACHED_BYTES = 2 << 30  # of transformed images that wait for the next trial
 @dataclass(frozen=True)
 class ImageBatch(Batch):
     """`ids`: images x channels x height x width, transformed; `labels`: the class of each, -1
-    where it is not known; `positions`: tokens of an image in the first block."""
+    where it is not known."""
 
     labels: tuple[int, ...]
-    positions: int
 
     @property
     def tokens(self) -> int:
-        """Positions of all images."""
-        return self.windows * self.positions
+        """Images, as a plan counts them."""
+        return self.windows
 
     def rows(self, start: int, stop: int) -> Self:
         """Some of the images."""
@@ -81,13 +80,12 @@ class VisionModality(LoadedModality):
         Raises UserError for weights that are missing, damaged, unsafe or of another shape, for a
         configuration that is not timm's, and for a model without blocks that can be pruned.
         """
-        from timm.data import resolve_model_data_config
-
         folder = convert(spec, resolve_dtype(spec.dtype, device))
         weights = MappedWeights(folder / WEIGHTS)
         model = _created(folder, pretrained=False).eval().requires_grad_(False)
         weights.attach(model, "", torch.device("cpu"))
-        size = resolve_model_data_config(model)["input_size"]
+        model.to(next(model.parameters()).dtype)  # tables that are no weights
+        size = _data().resolve_model_data_config(model)["input_size"]
         probe = torch.zeros(1, *size, dtype=next(model.parameters()).dtype)
         blocks = find_blocks(model, lambda: model(probe))
         state = _hidden_elements(model, blocks[0], probe)
@@ -95,21 +93,18 @@ class VisionModality(LoadedModality):
 
     @cached_property
     def _transform(self) -> Any:
-        from timm.data import create_transform, resolve_model_data_config
-
-        return create_transform(**resolve_model_data_config(self.model), is_training=False)
+        config = _data().resolve_model_data_config(self.model)
+        return _data().create_transform(**config, is_training=False)
 
     @cached_property
     def _names(self) -> list[str]:
         """Of the classes of the head, in order; [] where nobody states them."""
-        from timm.data import ImageNetInfo, infer_imagenet_subset
-
         config: Any = self.model.pretrained_cfg
         stated = config.get("label_names") or ()
         if isinstance(stated, dict):
             stated = [stated[key] for key in sorted(stated, key=int)]
-        if not stated and (subset := infer_imagenet_subset(self.model)):
-            stated = ImageNetInfo(subset).label_names()
+        if not stated and (subset := _data().infer_imagenet_subset(self.model)):
+            stated = _data().ImageNetInfo(subset).label_names()
         return [str(name) for name in stated]
 
     def calibration_batches(
@@ -150,7 +145,7 @@ class VisionModality(LoadedModality):
     def _batches(self, pixels: Tensor, labels: list[int], divisor: int) -> list[Batch]:
         rows = max(1, self._rows() // divisor)
         return [
-            ImageBatch(part, (0,) * len(part), tuple(labels[i : i + rows]), self.positions)
+            ImageBatch(part, (0,) * len(part), tuple(labels[i : i + rows]))
             for i, part in zip(range(0, len(pixels), rows), pixels.split(rows), strict=True)
         ]
 
@@ -267,6 +262,7 @@ class VisionModality(LoadedModality):
             "width": _width(self.blocks),
             "outputs": self._outputs,
             "batch_tokens": self._rows() * self.positions,
+            "window_tokens": self.positions,
             "licence": licence_of(self.folder),
         }
 
@@ -288,10 +284,12 @@ def convert(spec: ModelSpec, dtype: torch.dtype) -> Path:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"cannot load {spec.source} with timm: {reason}") from error
         config: Any = model.pretrained_cfg
-        if not model.num_classes or config["num_classes"] != model.num_classes:
+        if not model.num_classes:
+            raise UserError(f"{spec.source} has no head: it does not classify images")
+        if config["num_classes"] != model.num_classes:
             raise UserError(
-                f"{spec.source} has {config['num_classes']} classes and a head of "
-                f"{model.num_classes}: it does not classify images"
+                f"{spec.source}: config.json states {config['num_classes']} classes, its "
+                f"model_args {model.num_classes}: correct it"
             )
         save_mapped(model.to(dtype), folder / WEIGHTS)
         text = json.dumps(_native(layout.folder / _CONFIG), indent=1)
@@ -309,6 +307,13 @@ def _native(config: Path) -> dict[str, Any]:
     for name in ("custom_load", "label_offset"):
         stated.get("pretrained_cfg", stated).pop(name, None)
     return stated
+
+
+def _data() -> Any:
+    """timm's transforms and names of classes, which are not typed."""
+    import timm.data
+
+    return timm.data
 
 
 def _created(folder: Path, *, pretrained: bool) -> Any:

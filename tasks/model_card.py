@@ -136,7 +136,12 @@ def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]
 
 def _rows(report: Mapping[str, Any]) -> str:
     shown = {n: m for n, m in report["best"]["metrics"].items() if n != "loss"}
-    names = [f"{n.replace('_', ' ')}{', %' if m['unit'] == '%' else ''}" for n, m in shown.items()]
+    names = [
+        n.replace("_", " ")
+        + (", %" if m["unit"] == "%" else "")
+        + (f" ({m['split']})" if "split" in m else "")
+        for n, m in shown.items()
+    ]
     rows = [["model", *names, "zeros"], ["---"] * (len(names) + 2)]
     for side in ("dense", "uniform", "best"):
         if report[side]:

@@ -27,7 +27,7 @@ from infra.errors import UserError
 from infra.records import BlockError, MatrixRecord
 from modalities.base import Batch, Measured, Modality
 from modalities.products import Matrix, ProductWatcher
-from tasks.allocation import zeros_per_matrix
+from tasks.allocation import MOST, zeros_per_matrix
 from tasks.errors import ErrorCurve
 from tasks.gradients import matrix_gradients
 from tasks.lockstep import Lockstep, Pass, Run, pause, torch_state_set_aside
@@ -116,6 +116,12 @@ class _Sweep:
             m.model_copy(update={"rate": rate, "zeros": z})
             for m, rate, z in zip(plan, rates, zeros, strict=True)
         ]
+        for record in asked:
+            if record.rate > MOST and record.zeros >= record.params:
+                raise UserError(
+                    f"{record.matrix} of block {record.block} would lose every weight at rate "
+                    f"{record.rate:.6f}: choose a smaller tilt, or less sparsity"
+                )
         flat = [matrix for block in modality.blocks for matrix in block.matrices]
         chosen = budgets(pattern, asked, [matrix.weight().shape for matrix in flat])
         self.budgets = dict(zip(flat, chosen, strict=True))

@@ -1,7 +1,7 @@
 """Tiny random models of timm, checkpoints of them and images, for the tests of vision.
 
-    modality = load_vision(write_timm("vit", folder))
-    batches = modality.evaluation_batches(write_images(other), "report", windows=8, context=0)
+modality = load_vision(write_timm("vit", folder))
+batches = modality.evaluation_batches(write_images(other), "report", windows=8, context=0)
 """
 
 import io
@@ -34,7 +34,7 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
             "img_size": 64,
             "patch_size": 4,
             "window_size": 4,
-            "embed_dim": 16,
+            "embed_dim": 32,
             "depths": (2, 2),
             "num_heads": (2, 2),
         },
@@ -60,6 +60,7 @@ def build_timm(family: str, *, classes: int = len(CLASSES), **options: Any) -> A
         name,
         num_classes=classes,
         pretrained_cfg_overlay={
+            "num_classes": classes,
             "input_size": (3, side, side),
             "crop_pct": 1.0,
             "label_names": list(CLASSES[:classes]),

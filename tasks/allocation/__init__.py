@@ -18,11 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from infra.errors import UserError, nearest
 from infra.specs import PruneSpec
 from tasks.allocation import families
-from tasks.allocation.budget import Plan, zeros_per_matrix
+from tasks.allocation.budget import MOST, Plan, zeros_per_matrix
 from tasks.allocation.families import (
+    NOT_REPRODUCED,
     Allocation,
     Matrices,
     Parameter,
@@ -41,12 +44,13 @@ from tasks.allocation.line import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from modalities.base import Batch, Modality
 
 __all__ = [
     "ALLOCATIONS",
+    "MOST",
     "NOT_REPRODUCED",
     "Allocation",
     "Parameter",
@@ -62,6 +66,7 @@ __all__ = [
     "check_rates",
     "load_rates",
     "measure_rates",
+    "measuring_windows",
     "plan_of",
     "rates_of",
     "save_rates",
@@ -111,28 +116,30 @@ ALLOCATIONS: dict[str, Allocation] = {
     "free": Allocation(families.free, families.free_parameters),
     "er": Allocation(families.er, measure=_measure("weights", "er"), cost="shapes only"),
     "global": Allocation(
-        families.measured,
+        families.thresholded,
         measure=_measure("weights", "global_magnitude"),
         cost="two passes over the weights",
     ),
     "lamp": Allocation(
-        families.measured, measure=_measure("weights", "lamp"), cost="two sorts of every matrix"
+        families.thresholded, measure=_measure("weights", "lamp"), cost="two sorts of every matrix"
     ),
     "alphapruning": Allocation(
         families.alphapruning,
         fixed(
-            Parameter("epsilon", 0.3, lambda matrices, sparsity: (0.0, 1.0)),
-            Parameter("mid", 0.0),  # 0: `peak`, for language models; 1: `mid`, for vision
+            Parameter("epsilon", 0.3, lambda matrices, sparsity: (0.0, 1.0), 0.0, 1.0),
+            # 0: `peak`, for language models; 1: `mid`, for vision
+            Parameter("mid", 0.0, None, 0.0, 1.0),
         ),
         _measure("weights", "alpha"),
         cost="singular values of every matrix",
     ),
     "owl": Allocation(
         families.owl,
-        fixed(Parameter("lambda", 0.08, _spread_bounds), Parameter("M", 5.0)),
+        fixed(Parameter("lambda", 0.08, _spread_bounds, 0.0), Parameter("M", 5.0, None, 0.0)),
         _measure("activations", "owl"),
         needs_data=True,
         cost="one dense pass",
+        passes=lambda values, windows, matrices: windows,
     ),
     "dlp": Allocation(
         families.dlp,
@@ -140,31 +147,30 @@ ALLOCATIONS: dict[str, Allocation] = {
         _measure("activations", "dlp"),
         needs_data=True,
         cost="one dense pass",
+        passes=lambda values, windows, matrices: windows,
     ),
     "ecoflap": Allocation(
         families.ecoflap,
-        fixed(Parameter("reach", 0.1), Parameter("step", 1e-3), Parameter("samples", 32.0)),
+        fixed(
+            Parameter("reach", 0.1, None, 0.0, 1.0),
+            Parameter("step", 1e-3, None, 1e-9),
+            Parameter("samples", 32.0, None, 1.0),
+        ),
         _measure("gradients", "ecoflap"),
         needs_data=True,
         cost="two forwards per matrix and batch",
+        passes=lambda values, windows, matrices: 2 * matrices * min(windows, values["samples"]),
     ),
     "neuronal": Allocation(
         families.measured,
-        fixed(Parameter("samples", 8.0)),
+        fixed(Parameter("samples", 8.0, None, 1.0)),
         _measure("objectives", "neuronal"),
         needs_data=True,
         prunes=True,
         cost="13 sweeps over 8 windows",
+        # each calibrates, evaluates, and has a dense copy riding along that goes twice
+        passes=lambda values, windows, matrices: 13 * 4 * min(windows, values["samples"]),
     ),
-}
-
-NOT_REPRODUCED: dict[str, str] = {
-    "als": "its rates come from a linear program over a redundancy between layers, whose "
-    "estimator and limits are not given as a formula that could be followed",
-    "dsa": "its rule is the result of an evolutionary search over formulas; the one found is not "
-    "given as a formula that could be followed",
-    "lsa": "how its blocks' minimal reconstruction errors become rates is not given as a formula "
-    "that could be followed",
 }
 
 
@@ -187,7 +193,8 @@ def values_of(prune: PruneSpec, matrices: Matrices) -> dict[str, float]:
 
     Raises UserError for a number that the allocation does not have.
     """
-    values = {p.name: p.default for p in allocation_named(prune.allocation).parameters(matrices)}
+    parameters = allocation_named(prune.allocation).parameters(matrices)
+    values = {p.name: p.default for p in parameters}
     given = {"beta": prune.beta} if "beta" in values else {}
     if prune.beta and not given:
         raise UserError(f"prune.beta={prune.beta:g}: {prune.allocation} has no beta; leave it out")
@@ -201,6 +208,11 @@ def values_of(prune: PruneSpec, matrices: Matrices) -> dict[str, float]:
         if not math.isfinite(value):
             raise UserError(f"prune.parameters.{name}={value}: give a finite number")
         given[name] = value
+    for parameter in parameters:
+        value = (values | given)[parameter.name]
+        if not parameter.least <= value <= parameter.most:  # NaN is in no range
+            where = f"{parameter.least:g} to {parameter.most:g}".replace("to inf", "upwards")
+            raise UserError(f"{parameter.name}={value:g} of {prune.allocation}: give {where}")
     return values | given
 
 
@@ -220,6 +232,12 @@ def bounds_of(prune: PruneSpec, matrices: Matrices) -> dict[str, tuple[float, fl
         for p in allocation_named(prune.allocation).parameters(matrices)
         if p.bounds is not None
     }
+
+
+def measuring_windows(prune: PruneSpec, windows: int, matrices: Matrices) -> float:
+    """How many windows pass all blocks until an allocation has measured what it needs."""
+    values = values_of(prune, matrices)
+    return allocation_named(prune.allocation).passes(values, windows, len(matrices))
 
 
 def tilt_of(prune: PruneSpec, matrices: Matrices) -> float:
@@ -281,7 +299,7 @@ def allocate(
     name: str,
     model: nn.Module | Modality,
     sparsity: float,
-    calibration: Sequence[Any] | None = None,
+    calibration: Sequence[Any] | Tensor | None = None,
     **options: Any,
 ) -> dict[str, float]:
     """The rate of every prunable matrix by its full name, without pruning.
@@ -291,14 +309,25 @@ def allocate(
     (`lambda_` for lambda), and method, pattern and pause of an allocation that prunes to measure.
     The model comes back bit for bit as it was. Warns where rates had to be clamped.
     """
+    from torch import Tensor
+
     from modalities.base import Modality
     from modalities.held import HeldModality
 
-    if not 0 <= sparsity < 1:
+    if isinstance(sparsity, int | float) and not 0 <= sparsity < 1:
         raise UserError(f"sparsity={sparsity:g} is not in [0, 1)")
     keys = {k: v for k, v in options.items() if k in _OPTIONS}
-    numbers = {k.rstrip("_"): float(v) for k, v in options.items() if k not in keys}
-    prune = PruneSpec(sparsity=sparsity, allocation=name, parameters=numbers, **keys)
+    numbers = {k.rstrip("_"): v for k, v in options.items() if k not in keys}
+    try:
+        prune = PruneSpec(sparsity=sparsity, allocation=name, parameters=numbers, **keys)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"allocate: {where}={first['input']!r}: {first['msg']}") from None
+    if isinstance(calibration, (Tensor, Mapping)):
+        calibration = [calibration]
+    if not callable(getattr(model, "named_parameters", None)) and not isinstance(model, Modality):
+        raise UserError(f"allocate needs a model in memory, not {model!r}: load it first")
     if allocation_named(name).needs_data and not calibration:
         raise UserError(f"{name} looks at inputs: give calibration, batches or input_ids")
     if isinstance(model, Modality):

@@ -9,6 +9,7 @@ of the numbers that a search varies. Nothing here imports torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,24 +27,38 @@ Values = Mapping[str, float]
 Bounds = Callable[[Matrices, float], tuple[float, float]]
 
 
+# Published, but not as a formula that could be followed; the reason is told to who asks for one.
+NOT_REPRODUCED: dict[str, str] = {
+    "als": "its rates come from a linear program over a redundancy between layers, whose "
+    "estimator and limits are not given as a formula that could be followed",
+    "dsa": "its rule is the result of an evolutionary search over formulas; the one found is not "
+    "given as a formula that could be followed",
+    "lsa": "how its blocks' minimal reconstruction errors become rates is not given as a formula "
+    "that could be followed",
+}
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A number of an allocation.
 
     `bounds`, of matrices and sparsity, is the open interval that a search may vary it in; without
-    them it belongs to the measurement and stays as it is.
+    them it belongs to the measurement and stays as it is. `least` and `most` are what it may be.
     """
 
     name: str
     default: float
     bounds: Bounds | None = None
+    least: float = -math.inf
+    most: float = math.inf
 
 
 @dataclass(frozen=True)
 class Allocation:
     """`rates(matrices, sparsity, values, profile)` is pure; `measure` fills the profile, one number
     per matrix, with calibration batches where `needs_data`; where it `prunes`, the method matters
-    too. `cost` says what measuring takes."""
+    too. `cost` says what measuring takes; `passes`, of values, windows and matrices, is that in
+    windows that pass all blocks."""
 
     rates: Callable[[Matrices, float, Values, Sequence[float]], Plan]
     parameters: Callable[[Matrices], Sequence[Parameter]] = lambda matrices: ()
@@ -51,6 +66,7 @@ class Allocation:
     needs_data: bool = False
     prunes: bool = False
     cost: str = "none"
+    passes: Callable[[Values, int, int], float] = lambda values, windows, matrices: 0.0
 
 
 def fixed(*parameters: Parameter) -> Callable[[Matrices], Sequence[Parameter]]:
@@ -187,6 +203,14 @@ def measured(matrices: Matrices, sparsity: float, values: Values, profile: Seque
     legal = all(0 <= rate < 1 for rate in profile)
     if legal and abs(weighted_mean(profile, params) - sparsity) < 1e-12:
         return Plan(list(profile))
+    return fit(profile, [1.0] * len(profile), params, sparsity, high=max(MOST, sparsity))
+
+
+def thresholded(
+    matrices: Matrices, sparsity: float, values: Values, profile: Sequence[float]
+) -> Plan:
+    """The profile holds the rates of one threshold over all matrices: in range after clamping."""
+    params = params_of(matrices)
     return fit(profile, [1.0] * len(profile), params, sparsity, high=max(MOST, sparsity))
 
 

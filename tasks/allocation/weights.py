@@ -108,7 +108,8 @@ def alpha(modality: Modality, batches: Sequence[Batch], prune: PruneSpec) -> lis
 def spectrum(weight: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Squared singular values, ascending, those that are zero but for rounding left out."""
     values = torch.linalg.svdvals(weight).double().square().flip(0).cpu().numpy()
-    kept: np.ndarray[tuple[int], np.dtype[np.float64]] = values[values > 1e-14 * values.max()]
+    noise = 4 * np.finfo(np.float32).eps * max(weight.shape) ** 0.5  # of a singular value
+    kept: np.ndarray[tuple[int], np.dtype[np.float64]] = values[values > noise**2 * values.max()]
     return kept
 
 

@@ -29,6 +29,11 @@ def _per_row(out: int, in_: int, rate: float) -> int:
     return out * int(in_ * rate)
 
 
+def _and_one(out: int, in_: int, rate: float) -> int:
+    """The published threshold takes one more; never all, and none where nothing is asked for."""
+    return min(out * in_ - 1, int(out * in_ * rate) + 1) if rate else 0
+
+
 @dataclass(frozen=True)
 class Method:
     """`prune(weight, inputs, budget)` gets a float32 weight, which it leaves as it is, and gives a
@@ -44,7 +49,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "magnitude": Method(magnitude, (), lambda out, in_, s: min(out * in_, int(out * in_ * s) + 1)),
+    "magnitude": Method(magnitude, (), _and_one),
     "wanda": Method(wanda, ("norms",)),
     "pruner-zero": Method(pruner_zero, ("gradient",)),
     "dsnot": Method(dsnot, ("norms", "moments")),
@@ -101,6 +106,8 @@ def prune_weight(
         statistics.add(inputs)
     if not statistics.measured:
         raise UserError(f"method={method!r} needs inputs, or a gradient, that are not all missing")
+    if not (torch.isfinite(weight).all() and statistics.are_finite):
+        raise UserError("the weight, the inputs or the gradient hold NaN or infinity, or overflow")
     new = weight.detach().clone()
     prune_in_place(new, statistics, method=method, budget=budget)
     return new

@@ -5,11 +5,14 @@ new = alps(weight, inputs, Budget(zeros=600))
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from tasks.pruning.inputs import InputStatistics, hessian
 from tasks.pruning.patterns import Budget
+from tasks.pruning.sparsegpt import sparsegpt
 
 _STEPS = 300
 _CHECK = 3  # steps between looks at the pattern
@@ -21,7 +24,9 @@ def alps(weight: Tensor, inputs: InputStatistics, budget: Budget) -> Tensor:
 
     The inputs are scaled to a Hessian H of unit diagonal. Per step, with the scaled dual U:
     B = (H + rho)^-1 (H B_0 + rho (D - U)), D = the largest of B + U, U = the rest of it. rho grows
-    the faster the more the pattern still moves; once it stands still, D is solved for on it.
+    the faster the more the pattern still moves; once it stands still, D is solved for on it. So
+    are SparseGPT's weights on theirs, and the pattern that loses less is taken: inputs of very
+    different size can mislead ADMM.
     """
     found = inputs.derived(hessian)
     scale = found.matrix.diagonal().sqrt()
@@ -46,9 +51,17 @@ def alps(weight: Tensor, inputs: InputStatistics, budget: Budget) -> Tensor:
             rho, checked = rho * growth, mask
             dual /= growth
             inverse = _inverse(H, rho)
-    new = _polished(H, target, moving, ~mask) / scale
+    # The damping helps to find a pattern; what is lost is measured without it.
+    plain = inputs.gram * (2 / inputs.tokens) / scale / scale[:, None]
+    goal, best = start @ plain, (math.inf, start, mask)
+    second = sparsegpt(weight, inputs, budget) * scale
+    for given, gone in ((moving, mask), (second, second == 0)):
+        new = _polished(plain, goal, given, ~gone)
+        lost = float(((new - start) @ plain).mul_(new - start).sum())
+        best = min(best, (lost, new, gone), key=lambda each: each[0])
+    _, new, mask = best
     # A dead input's weights have no error to lower: those that stay keep their values.
-    return torch.where(found.dead & ~mask, weight, new)
+    return torch.where(found.dead & ~mask, weight, new / scale)
 
 
 def _inverse(H: Tensor, rho: float) -> Tensor:

@@ -50,7 +50,8 @@ class InputStatistics:
             else:
                 self._gram.addmm_(wide.T, wide)
         elif "norms" in self.needs:
-            norms = torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32)
+            narrow = inputs.float() if inputs.dtype == torch.float64 else inputs
+            norms = torch.linalg.vector_norm(narrow, dim=0, dtype=torch.float32)
             other._squares = norms.square_()
         if "moments" in self.needs:
             variance, mean = torch.var_mean(inputs.float(), dim=0, correction=0)

@@ -137,10 +137,29 @@ def budgets(
                 f"{wrong[0].rate:g}: set prune.sparsity={fixed:g} and prune.allocation=uniform"
             )
         groups = [kept for _ in blocks]
-    return [
+    chosen = [
         Budget.in_groups((groups[m.block], size), shape, f"{m.matrix} of block {m.block}")
         for m, shape in zip(matrices, shapes, strict=True)
     ]
+    _refuse_far(pattern, matrices, chosen, size)
+    return chosen
+
+
+def _refuse_far(
+    pattern: str, matrices: Sequence[MatrixRecord], chosen: Sequence[Budget], size: int
+) -> None:
+    """Raise UserError where one N per block misses the sparsity by more than N can be halved.
+
+    Blocks of one size never do; of very different sizes, each allocation would miss by its own.
+    """
+    total, blocks = sum(m.params for m in matrices), 1 + max(m.block for m in matrices)
+    asked = sum(m.rate * m.params for m in matrices) / total
+    found = sum(budget.zeros for budget in chosen) / total
+    if abs(found - asked) > 1 / (2 * size * blocks) + 1e-6:
+        raise UserError(
+            f"prune.pattern={pattern} removes {found:.4g} at the nearest, not {asked:.4g}: set "
+            "another prune.sparsity, or larger groups"
+        )
 
 
 def settled(matrix: MatrixRecord, budget: Budget) -> MatrixRecord:
@@ -156,7 +175,11 @@ def parse_pattern(pattern: str) -> tuple[int | None, int] | None:
     if pattern == UNSTRUCTURED:
         return None
     found = re.fullmatch(r"(\d+|N):(\d+)", pattern)
-    if found is None or (found[1] != "N" and not 0 < int(found[1]) < int(found[2])):
+    if (
+        found is None
+        or int(found[2]) < 2
+        or not 0 < int(found[1].replace("N", "1")) < int(found[2])
+    ):
         raise UserError(
             f"prune.pattern={pattern!r} is none: unstructured, N:M such as 2:4, or N:8 for one N "
             "per block"

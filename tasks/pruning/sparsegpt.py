@@ -79,6 +79,6 @@ def inverse_factor(inputs: InputStatistics) -> Tensor:
 
 
 def published_zeros(out: int, in_: int, rate: float) -> int:
-    """One more than rate * n, rounded down, in every panel of n weights."""
+    """One more than rate * n, rounded down, in every panel of n weights; never all of them."""
     panels = (out * min(PANEL, in_ - start) for start in range(0, in_, PANEL))
-    return sum(min(n, int(n * rate) + 1) for n in panels)
+    return min(out * in_ - 1, sum(min(n, int(n * rate) + 1) for n in panels)) if rate else 0

@@ -73,9 +73,10 @@ def test_a_comparison_end_to_end(tmp_path: Path) -> None:
             assert found["gain"]["low"] <= found["gain"]["mean"] <= found["gain"]["high"]
             assert found["verdict"] in ("gain", "no gain")
             assert found["cause"].startswith("no gain") == (found["verdict"] == "no gain")
-            for key, unit in (("perplexity", "perplexity/token"), ("relative_loss", "of dense")):
-                assert found[key]["unit"] == unit and found[key]["n"] == 4
-            ratio = found["loss"]["mean"] / found["dense"]["loss"]["mean"]
+            assert list(found["metrics"]) == ["perplexity", "bits_per_byte", "loss"]
+            for value in (*found["metrics"].values(), found["relative_loss"]):
+                assert value["n"] == 4
+            ratio = found["metrics"]["loss"]["mean"] / found["dense"]["loss"]["mean"]
             assert found["relative_loss"]["mean"] == pytest.approx(ratio)
 
             # The uniform final was run in one cell and copied to the other, times and all.
@@ -119,6 +120,22 @@ def test_a_model_that_overflows_is_rows_with_the_cause(tmp_path: Path) -> None:
         ("model", "complete"),
     ]
     assert "nan" in rows[0]["cause"] and rows[0]["cause"] == rows[1]["cause"]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("names", [("arithmetic", "uniform"), ("uniform", "arithmetic")])
+def test_a_cell_that_contradicts_itself_is_refused_alone(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    """Whatever the order of the list: a fixed pattern has no line, and uniform is finished."""
+    spec = write_project(tmp_path)
+    lists = (f"compare.allocations={json.dumps(names)}", "prune.pattern=2:4")
+    done = run("compare", spec, *SMALL, *lists, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    rows = {row["allocation"]: row for row in json.loads(done.stdout)["rows"]}
+    assert rows["uniform"]["state"] == "complete"
+    assert rows["arithmetic"]["state"] == "refused"
+    assert "fixes the rate of every matrix" in rows["arithmetic"]["cause"]
 
 
 def test_a_misspelt_name_is_refused_not_a_row(tmp_path: Path) -> None:

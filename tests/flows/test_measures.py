@@ -71,3 +71,7 @@ def test_a_task_has_rows_of_its_own() -> None:
     assert metrics["boolq/acc"]["mean"] == 75 and metrics["boolq/acc"]["n"] == 4
     assert label("boolq/acc", metrics["boolq/acc"]) == "boolq/acc, %"
     assert next(iter(metrics)) == "perplexity"
+    local = result.model_copy(update={"spec": result.spec.model_copy(update={"task_data": "d"})})
+    assert label("boolq/acc", metrics_of([local], "token")["boolq/acc"]) == (
+        "boolq/acc, % (validation)"
+    )

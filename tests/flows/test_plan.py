@@ -303,3 +303,12 @@ def test_a_task_that_is_searched_is_reported_too() -> None:
     spec = make_spec(search=search, evaluation={"tasks": ["piqa", "boolq"], "task_rows": 5})
     assert search_trial(spec, spec.prune, 0).tasks == ["boolq"]
     assert final_wave(spec, spec.prune, {})[0].tasks == ["piqa", "boolq"]
+
+
+def test_the_published_number_is_among_the_first_candidates() -> None:
+    model = make_model()
+    model = model.model_copy(update={"profile": [float(i) for i in range(len(model.matrices))]})
+    for allocation, name, default in (("owl", "lambda", 0.08), ("alphapruning", "epsilon", 0.3)):
+        spec = make_spec(prune={"allocation": allocation})
+        tried = [t.prune.parameters.get(name) for t in next_wave(spec, model, {})]
+        assert tried[0] is None and default in tried

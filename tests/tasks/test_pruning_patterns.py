@@ -129,3 +129,16 @@ def test_mixed_groups_of_many_sizes_end_soon() -> None:
 def test_smallest_places_are_in_order_and_equal_ones_by_index() -> None:
     scores = torch.tensor([[3.0, 1.0, 2.0, 1.0], [torch.inf, 0.0, torch.inf, torch.inf]])
     assert smallest_places(scores, 3).tolist() == [[1, 3, 2], [1, 0, 2]]
+
+
+def test_patterns_that_cannot_hold_a_sparsity_are_refused() -> None:
+    for pattern in ("N:0", "N:1", "1:1", "0:4"):
+        with pytest.raises(UserError, match=r"prune\.pattern"):
+            parse_pattern(pattern)
+    high = [matrix(block, 0.9, 64) for block in range(4)]
+    with pytest.raises(UserError, match=r"removes 0\.75 at the nearest, not 0\.9"):
+        budgets("N:4", high, [(8, 8)] * 4)
+    unequal = [matrix(block, 0.7, size) for block, size in enumerate((64, 256, 256, 4096))]
+    shapes = [(size // 8, 8) for size in (64, 256, 256, 4096)]
+    with pytest.raises(UserError, match="at the nearest, not 0"):
+        budgets("N:8", unequal, shapes)
