@@ -102,13 +102,11 @@ def _filled(model: nn.Module, folder: Path, lost: list[str], dtype: torch.dtype)
         kind: Any = str(dtype).removeprefix("torch.")
         other: Any = LanguageModality.load(ModelSpec(source=source, dtype=kind), cpu).model
         place = model.get_submodule(name)
-        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         state = {n: t.clone() for n, t in other.base_model.state_dict().items()}
-        for key, tensor in state.items():
-            if key.startswith("embed_tokens") and tensor.shape[0] < vocabulary:
-                extra = tensor.new_zeros(vocabulary - tensor.shape[0], tensor.shape[1])
-                state[key] = torch.cat([tensor, extra])  # of tokens that stand for images
         place.load_state_dict(state, assign=True)
+        if "lm_head.weight" in lost:
+            head = other.get_output_embeddings().weight
+            model.get_output_embeddings().weight.data = head.data.clone()  # type: ignore[operator]
         model.tie_weights()  # type: ignore[operator]
         lost = [
             each for each in lost if not each.startswith(f"{name}.") and each != "lm_head.weight"
