@@ -95,7 +95,9 @@ def headline(metrics: Sequence[str], objective: str) -> str:
     """The metric that a conclusion speaks of."""
     if objective != "loss":
         return objective
-    return next((name for name in ("perplexity", "top1", "accuracy") if name in metrics), "loss")
+    return next(
+        (name for name in ("perplexity", "top1", "accuracy", "exact") if name in metrics), "loss"
+    )
 
 
 def in_words(metric: dict[str, Any]) -> str:

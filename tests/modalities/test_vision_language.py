@@ -99,6 +99,8 @@ def test_a_trial_with_a_line_for_each_tower(cache: Path, tmp_path: Path) -> None
         result = trial.run_trial(spec)
         assert result.block_rates == pytest.approx([0.45, 0.55, 0.6, 0.4])
         assert set(result.scores["accuracy"]) <= {0.0, 1.0}
+        assert result.tokens == [1] * 4
+        assert result.bytes == [0] * 4  # an answer has a loss, and no perplexity
         assert set(result.expected) <= {"cat", "dog"}
         assert "processor_config.json" in result.checkpoint_sha256
         method = prune.model_copy(update={"method": "pruner-zero"})
