@@ -295,9 +295,10 @@ def refuse(spec: Spec) -> None:
     if prune.sparsity == 0:
         raise UserError("prune.sparsity=0 prunes nothing: give the share of zeros, such as 0.6")
     if prune.pattern[0].isdigit() and prune.allocation != "uniform":
+        kept, size = map(int, prune.pattern.split(":"))
         raise UserError(
             f"prune.pattern={prune.pattern} fixes the rate of every matrix: set "
-            "prune.allocation=uniform and the sparsity that it has"
+            f"prune.allocation=uniform and prune.sparsity={1 - kept / size:g}"
         )
     if data.cut == "whole" and spec.search.protocol != "paper":
         raise UserError("data.cut='whole' does not keep splits apart: use search.protocol='paper'")

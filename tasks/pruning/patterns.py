@@ -21,6 +21,7 @@ from infra.errors import UserError
 from infra.records import MatrixRecord
 
 UNSTRUCTURED = "unstructured"
+_FAR = 1e-3  # how far a mean of N per block may be from the sparsity
 _MOST_SUMS = 4_000  # that mixed_groups tells apart
 
 
@@ -148,17 +149,23 @@ def budgets(
 def _refuse_far(
     pattern: str, matrices: Sequence[MatrixRecord], chosen: Sequence[Budget], size: int
 ) -> None:
-    """Raise UserError where one N per block misses the sparsity by more than N can be halved.
+    """Raise UserError where one N per block has another mean than the sparsity.
 
-    Blocks of one size never do; of very different sizes, each allocation would miss by its own.
+    Only multiples of 1 / M let uniform be uniform, so that a line has as many zeros as it; blocks
+    of very different sizes may miss even those.
     """
-    total, blocks = sum(m.params for m in matrices), 1 + max(m.block for m in matrices)
+    total = sum(m.params for m in matrices)
     asked = sum(m.rate * m.params for m in matrices) / total
     found = sum(budget.zeros for budget in chosen) / total
-    if abs(found - asked) > 1 / (2 * size * blocks) + 1e-6:
+    if abs(asked * size - round(asked * size)) > _FAR:
         raise UserError(
-            f"prune.pattern={pattern} removes {found:.4g} at the nearest, not {asked:.4g}: set "
-            "another prune.sparsity, or larger groups"
+            f"prune.pattern={pattern} removes multiples of 1/{size}, not {asked:.4g}: set "
+            f"prune.sparsity={min(max(1, round(asked * size)), size - 1) / size:g}"
+        )
+    if abs(found - asked) > _FAR:
+        raise UserError(
+            f"prune.pattern={pattern} removes {found:.4g} of these blocks at the nearest, not "
+            f"{asked:.4g}: choose rates nearer to one another, or larger groups"
         )
 
 

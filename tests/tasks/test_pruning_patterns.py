@@ -68,8 +68,8 @@ def test_mixed_groups_follow_the_rates_of_blocks() -> None:
     found = budgets("N:8", [matrix(b, r) for b, r in enumerate(rates)], [(8, 8)] * 3)
     assert found == [Budget(24, (5, 8)), Budget(32, (4, 8)), Budget(40, (3, 8))]
     # one rate per matrix: their weighted mean decides the block's
-    uneven = [matrix(0, 0.2, 32), matrix(0, 0.35, 64), matrix(1, 0.5, 64)]
-    found = budgets("N:8", uneven, [(4, 8), (8, 8), (8, 8)])
+    uneven = [matrix(0, 0.125, 32), matrix(0, 0.3125, 64), matrix(1, 0.5, 96)]
+    found = budgets("N:8", uneven, [(4, 8), (8, 8), (12, 8)])
     assert [budget.group for budget in found] == [(6, 8), (6, 8), (4, 8)]
 
 
@@ -136,9 +136,12 @@ def test_patterns_that_cannot_hold_a_sparsity_are_refused() -> None:
         with pytest.raises(UserError, match=r"prune\.pattern"):
             parse_pattern(pattern)
     high = [matrix(block, 0.9, 64) for block in range(4)]
-    with pytest.raises(UserError, match=r"removes 0\.75 at the nearest, not 0\.9"):
+    with pytest.raises(UserError, match=r"multiples of 1/4, not 0\.9: set prune\.sparsity=0\.75"):
         budgets("N:4", high, [(8, 8)] * 4)
-    unequal = [matrix(block, 0.7, size) for block, size in enumerate((64, 256, 256, 4096))]
-    shapes = [(size // 8, 8) for size in (64, 256, 256, 4096)]
-    with pytest.raises(UserError, match="at the nearest, not 0"):
-        budgets("N:8", unequal, shapes)
+    sizes = (64, 256, 256, 4096)
+    rates = [0.5, 0.5, 0.5, (0.625 * sum(sizes) - 0.5 * 576) / 4096]
+    unequal = [
+        matrix(b, rate, size) for b, (rate, size) in enumerate(zip(rates, sizes, strict=True))
+    ]
+    with pytest.raises(UserError, match=r"of these blocks at the nearest, not 0\.625"):
+        budgets("N:8", unequal, [(size // 8, 8) for size in sizes])
