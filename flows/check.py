@@ -107,7 +107,7 @@ def _look(spec: Spec, cluster: Cluster, *, alone: bool) -> _Found | UserError:
     """What there is to see of a model; of one of many cells, without what it would prune."""
     try:
         pinned = pin(spec)
-        kept = pinned.prune if alone else PruneSpec(sparsity=pinned.prune.sparsity, method="wanda")
+        kept = pinned.prune if alone else PruneSpec(sparsity=pinned.prune.sparsity)
         trials = kinds_of_trial(pinned.model_copy(update={"prune": kept}))
         model = cluster.call(describe_model, trials)
         tokens, seconds = cluster.call(time_dense, trials[0])
@@ -179,7 +179,7 @@ def _print(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> None:
         "prunable": f"{prunable:,} of {model.total_params:,} parameters"
         + (f"; never pruned, in no product: {', '.join(model.unseen)}" if model.unseen else ""),
         **answer["sources"],
-        "dense loss": f"{model.dense_loss:.4f} nats/token, equal to a plain loop's",
+        "dense loss": f"{model.dense_loss:.4f} nats/{model.unit}, equal to a plain loop's",
         **_what(spec, answer),
         **{name: _inside(*bounds) for name, bounds in answer["numbers"].items()},
         "rungs": f"{rungs} (calibration + selection windows)",

@@ -18,14 +18,13 @@ from rich.table import Table
 
 from flows.cells import Cell, cells_of
 from flows.figures import RUNG_COLOURS, Figure
-from flows.measures import label
 from flows.plan import ladder, measuring_passes, search_trial, token_passes
 from flows.report import page
 from infra.records import TrialResult
 from infra.store import RunStore, write_atomic
 from tasks.allocation import NOT_REPRODUCED
 from tasks.model_card import settings
-from tasks.statistics import mean_loss, plus_minus
+from tasks.statistics import label, mean_loss, plus_minus
 
 Comparison = dict[str, Any]
 Row = dict[str, Any]
@@ -70,7 +69,7 @@ def print_comparison(comparison: Comparison, run: str) -> None:
     """The table, why cells have no gain or no result, and where to look next."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 160  # in a file, nothing has to fit a screen
+        console.width = 200  # in a file, nothing has to fit a screen
     rows = comparison["rows"]
     columns, words = _table(rows)
     for model, sparsity in dict.fromkeys((row["model"], row["sparsity"]) for row in rows):
@@ -101,7 +100,9 @@ def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         for name in row.get("metrics", {})
         if name != "loss"
     }
-    headings = [*WHAT, *(label(name, metric) for name, metric in metrics.items()), *REST]
+    units = {row["gain"]["unit"]: None for row in rows if "gain" in row}
+    rest = [f"gain, {' or '.join(units)}" if c == "gain" and units else c for c in REST]
+    headings = [*WHAT, *(label(name, metric) for name, metric in metrics.items()), *rest]
     return headings, [_words(row, list(metrics)) for row in rows]
 
 
@@ -116,7 +117,7 @@ def _words(row: Row, metrics: Sequence[str]) -> list[str]:
         *words,
         row["label"].removeprefix(row["allocation"]).strip(),
         *(plus_minus(v["mean"], v["stderr"]) if v else "" for v in values),
-        "" if baseline else f"{plus_minus(gain['mean'], gain['stderr'])} {gain['unit']}",
+        "" if baseline else plus_minus(gain["mean"], gain["stderr"]),
         "" if baseline else f"{gain['low']:.3f} to {gain['high']:.3f}",
         f"{row['search_cost']:.1f}",
         row["cause"] or row["verdict"],

@@ -7,8 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from flows.measures import label
-from tasks.statistics import plus_minus
+from tasks.statistics import label, plus_minus
 
 Figure = dict[str, Any]
 
@@ -112,7 +111,7 @@ def _search_traces(report: dict[str, Any], metric: str) -> list[Figure]:
             {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "name": f"rung {rung}, {series[0]['n']} windows",
+                "name": f"rung {rung}, {series[0]['n']} {report['windows']}",
                 "x": [row["x"] for row in series],
                 "y": [row["y"] for row in series],
                 "text": [_hover(row) for row in series],

@@ -22,15 +22,6 @@ from tasks.statistics import (
 )
 
 WINDOWS = {"token": "windows", "image": "images", "answer": "questions"}
-_LABELS = {"bits_per_byte": "bits per byte", "top1": "top-1, %", "top5": "top-5, %"}
-
-
-def label(name: str, metric: dict[str, Any]) -> str:
-    """How a metric is called in a table."""
-    if name == "loss":
-        return f"loss, {metric['unit']}"
-    split = f" ({metric['split']})" if "split" in metric else ""
-    return _LABELS.get(name, f"{name}, %{split}" if metric["unit"] == "%" else name)
 
 
 def metrics_of(side: Sequence[TrialResult], unit: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import grid, propose
-from infra.specs import PruneSpec, Spec
+from infra.specs import ModelSpec, PruneSpec, Spec
 from tasks.allocation import bounds_of, measuring_windows, values_of, with_values
 from tasks.statistics import ruled_out
 
@@ -125,9 +125,8 @@ def kinds_of_trial(spec: Spec) -> list[TrialSpec]:
 
 def token_passes(trial: TrialSpec) -> int:
     """Tokens times passes over the blocks that a trial will take."""
-    text = trial.model.modality == "language"  # else images or questions are counted
-    calibration = trial.calibration.samples * (trial.calibration.length if text else 1)
-    evaluation = trial.windows * (trial.context if text else 1)
+    calibration = _tokens(trial.calibration.samples, trial.calibration.length, trial.model)
+    evaluation = _tokens(trial.windows, trial.context, trial.model)
     passes = 2 if trial.prune.pause == "block" else 1
     if trial.prune.method == "pruner-zero":
         passes += 3  # a forward and a backward of the dense model
@@ -136,9 +135,13 @@ def token_passes(trial: TrialSpec) -> int:
 
 def measuring_passes(spec: Spec, model: ModelRecord) -> int:
     """Token passes until the allocation has measured what it needs; no trial counts them."""
-    calibration = spec.calibration
-    windows = measuring_windows(spec.prune, calibration.samples, model.matrices)
-    return round(windows * calibration.length)
+    windows = measuring_windows(spec.prune, spec.calibration.samples, model.matrices)
+    return _tokens(round(windows), spec.calibration.length, spec.model)
+
+
+def _tokens(windows: int, length: int, model: ModelSpec) -> int:
+    """Of so many windows of text; of images and questions, each counts as one."""
+    return windows * (length if model.modality == "language" else 1)
 
 
 def planned_passes(spec: Spec, model: ModelRecord | None, results: Results) -> int:

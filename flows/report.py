@@ -24,7 +24,6 @@ from flows.measures import (
     gains_of,
     headline,
     in_words,
-    label,
     metrics_of,
     perplexity_ratio,
 )
@@ -37,6 +36,7 @@ from tasks.allocation import bounds_of
 from tasks.model_card import settings, short
 from tasks.statistics import (
     Difference,
+    label,
     mean_loss,
     paired_difference,
     plus_minus,

@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flows.measures import label
-from tasks.statistics import plus_minus
+from tasks.statistics import label, plus_minus
 
 
 def print_summary(report: dict[str, Any], run: str) -> None:

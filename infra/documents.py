@@ -25,8 +25,8 @@ Split = Literal["calibration", "selection", "report"]
 
 # Of a source that serves several splits, each gets this share, relative to the others there.
 _WEIGHTS: dict[Split, int] = {"calibration": 2, "selection": 1, "report": 1}
-_TABLES = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv", ".json": "json"}
-_TABLES |= {f"{suffix}.gz": kind for suffix, kind in _TABLES.items() if suffix != ".parquet"}
+TABLES = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv", ".json": "json"}
+TABLES |= {f"{suffix}.gz": kind for suffix, kind in TABLES.items() if suffix != ".parquet"}
 _KINDS = [(".parquet",), (".jsonl", ".jsonl.gz"), (".csv", ".csv.gz"), (".json", ".json.gz")]
 _KINDS += [(".txt", ".raw"), (".md",)]
 # What a split must not share with another, and what that would be.
@@ -89,7 +89,7 @@ def whole_text(source: str, column: str = "text") -> str:
     is returned as it stands.
     """
     files = _files_of(source)
-    if _suffix(files[0]) in _TABLES or files[0].is_dir():
+    if suffix_of(files[0]) in TABLES or files[0].is_dir():
         return "\n\n".join(_rows(files, column, source))
     text = "".join(_text(file) for file in files)
     if not _titles(text.split("\n")):
@@ -134,7 +134,7 @@ def _position(key: bytes) -> float:
 def _read(
     files: tuple[Path, ...], stamps: tuple[int, ...], column: str, source: str
 ) -> tuple[str, ...]:
-    if _suffix(files[0]) in _TABLES or files[0].is_dir():
+    if suffix_of(files[0]) in TABLES or files[0].is_dir():
         rows = _rows(files, column, source)
         # Tables of WikiText hold a line per row: taken as documents they would put one article
         # into two splits.
@@ -173,9 +173,9 @@ def _files_of(source: str) -> tuple[Path, ...]:
     """The files that a source consists of; a folder of `save_to_disk` stands for itself."""
     path = fetch(source, "dataset")
     if path.is_file():
-        if _suffix(path) not in {suffix for kind in _KINDS for suffix in kind}:
+        if suffix_of(path) not in {suffix for kind in _KINDS for suffix in kind}:
             raise UserError(
-                f"{source}: cannot read {_suffix(path) or 'this kind of'} files as text"
+                f"{source}: cannot read {suffix_of(path) or 'this kind of'} files as text"
             )
         return (path,)
     if (path / "state.json").exists():
@@ -189,13 +189,13 @@ def _files_of(source: str) -> tuple[Path, ...]:
         if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
     ]
     for kind in _KINDS:
-        if files := tuple(file for file in visible if _suffix(file) in kind):
+        if files := tuple(file for file in visible if suffix_of(file) in kind):
             return files
     known = ", ".join(suffix for kind in _KINDS for suffix in kind)
     raise UserError(f"{source} holds no file of text ({known})")
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
     """The kind of a file; of a packed one, that of what is inside as well: .json.gz."""
     return (Path(path.stem).suffix if path.suffix == ".gz" else "") + path.suffix
 
@@ -207,25 +207,31 @@ def _text(file: Path) -> str:
         raise UserError(f"{file} is not UTF-8 text: {error.reason} at {error.start}") from error
 
 
-def _rows(files: tuple[Path, ...], column: str, source: str) -> list[str]:
-    """One column of a table; rows without a value are left out."""
+def load_table(files: Sequence[Path], source: str) -> Any:
+    """The table of some files of one kind, or of a folder of `save_to_disk`.
+
+    Raises UserError where they cannot be read as one.
+    """
     import datasets  # a second that only tables cost
 
     datasets.disable_progress_bars()
     try:
-        table: Any
         if files[0].is_dir():
-            table = datasets.load_from_disk(str(files[0]))
-        else:
-            table = datasets.load_dataset(
-                _TABLES[_suffix(files[0])],
-                data_files=[glob.escape(str(file.absolute())) for file in files],
-                split="train",
-                cache_dir=str(cache_dir() / "datasets"),
-            )
+            return datasets.load_from_disk(str(files[0]))
+        return datasets.load_dataset(
+            TABLES[suffix_of(files[0])],
+            data_files=[glob.escape(str(file.absolute())) for file in files],
+            split="train",
+            cache_dir=str(cache_dir() / "datasets"),
+        )
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         cause = str(error.__cause__ or error).partition("\n")[0]
         raise UserError(f"{source} cannot be read as a table: {cause}") from error
+
+
+def _rows(files: tuple[Path, ...], column: str, source: str) -> list[str]:
+    """One column of a table; rows without a value are left out."""
+    table = load_table(files, source)
     if column not in table.column_names:
         names = ", ".join(table.column_names)
         raise UserError(f"{source} has no column {column!r}, it has {names}: set data.column")

@@ -10,26 +10,24 @@ in its binary version. Nothing here imports torch.
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
 import io
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.documents import Split, deal
+from infra.documents import TABLES, Split, deal, load_table, suffix_of
 from infra.errors import UserError
-from infra.sources import cache_dir, fetch
+from infra.sources import fetch
 from infra.specs import DataSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 _SIDE = 32  # of a CIFAR image
 
 
@@ -133,11 +131,9 @@ def _digest(example: Example) -> bytes:
 def _read(path: Path, stamp: int, source: str, columns: tuple[str, ...]) -> tuple[Example, ...]:
     if path.name.endswith("_batch.png") or "data_batch_" in path.name:
         found: Iterator[Example] = _cifar(path)
-    elif path.is_file() or (path / "state.json").exists():
-        found = _rows(path, source, columns)
     else:
-        tables = sorted(f for f in path.rglob("*") if f.suffix in _TABLES and f.is_file())
-        found = _rows(path, source, columns) if tables else _folder(path)
+        images, tables = _inside(path)
+        found = _rows(tables, source, columns) if tables else _folder(path, images)
     seen: dict[bytes, Example] = {}
     for example in found:
         same = _key(example) + example.question.encode()  # one image may be asked about twice
@@ -145,12 +141,22 @@ def _read(path: Path, stamp: int, source: str, columns: tuple[str, ...]) -> tupl
     return tuple(seen.values())
 
 
-def _folder(path: Path) -> Iterator[Example]:
-    for file in sorted(path.rglob("*")):
-        if file.suffix.lower() in _IMAGES and file.is_file():
-            inside = file.relative_to(path)
-            label = inside.parts[0] if len(inside.parts) > 1 else None
-            yield Example(file, inside.as_posix(), label)
+def _inside(path: Path) -> tuple[list[Path], list[Path]]:
+    """The images of a source, and what is its table: those of the first kind, beside images no
+    .json, which tells other things."""
+    if path.is_file() or (path / "state.json").exists():
+        return [], [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    images = [file for file in files if file.suffix.lower() in _IMAGES]
+    tables = [f for f in files if suffix_of(f) in TABLES and not (images and f.suffix == ".json")]
+    return images, [file for file in tables if suffix_of(file) == suffix_of(tables[0])]
+
+
+def _folder(path: Path, images: list[Path]) -> Iterator[Example]:
+    for file in images:
+        inside = file.relative_to(path)
+        label = inside.parts[0] if len(inside.parts) > 1 else None
+        yield Example(file, inside.as_posix(), label)
 
 
 def _cifar(path: Path) -> Iterator[Example]:
@@ -195,14 +201,19 @@ def _strip_labels(path: Path, count: int) -> list[int]:
     return labels[first : first + count]
 
 
-def _rows(path: Path, source: str, columns: tuple[str, ...]) -> Iterator[Example]:
+def _rows(files: list[Path], source: str, columns: tuple[str, ...]) -> Iterator[Example]:
     """The rows of a table; paths of images are relative to its folder."""
+    import datasets
+
     image, label, question, answer, choices = columns
-    table = _table(path, source)
+    table = load_table(files, source)
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
     if image not in table.column_names and question not in table.column_names:
         names = ", ".join(table.column_names)
         raise UserError(f"{source} has no column {image!r}, it has {names}: set data.image")
-    root = path if path.is_dir() else path.parent
+    root = files[0] if files[0].is_dir() else files[0].parent
     classes = getattr(table.features.get(label), "names", None)
     for number, row in enumerate(table):
         kind = row.get(label)
@@ -222,30 +233,3 @@ def _encoded(value: Any, root: Path) -> bytes | Path:
     if isinstance(value, dict):  # as the hub stores images
         value = value["bytes"] or value["path"]
     return value if isinstance(value, bytes) else root / str(value)
-
-
-def _table(path: Path, source: str) -> Any:
-    import datasets  # a second that only tables cost
-
-    datasets.disable_progress_bars()
-    files: Sequence[Path] = [path]
-    if path.is_dir() and not (path / "state.json").exists():
-        files = sorted(f for f in path.rglob("*") if f.suffix in _TABLES and f.is_file())
-        files = [file for file in files if file.suffix == files[0].suffix]
-    try:
-        if path.is_dir() and (path / "state.json").exists():
-            table: Any = datasets.load_from_disk(str(path))
-        else:
-            table = datasets.load_dataset(
-                _TABLES[files[0].suffix],
-                data_files=[glob.escape(str(file.absolute())) for file in files],
-                split="train",
-                cache_dir=str(cache_dir() / "datasets"),
-            )
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, KeyError) as error:
-        cause = str(error.__cause__ or error).partition("\n")[0]
-        raise UserError(f"{source} cannot be read as a table of images: {cause}") from error
-    for name, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-    return table

@@ -53,6 +53,16 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class ExampleBatch(Batch):
+    """Windows that are images or questions: a plan counts each as one."""
+
+    @property
+    def tokens(self) -> int:
+        """Images or questions."""
+        return self.windows
+
+
+@dataclass(frozen=True)
 class Measured:
     """Of each window: nats per scored unit, scores by name (the higher the better), and in words
     what the model answers and what was expected, where it does."""

@@ -22,7 +22,7 @@ from infra.errors import UserError
 from infra.images import Example, evaluated, usable
 from infra.records import Split
 from infra.specs import CalibrationSpec, DataSpec
-from modalities.base import Batch, Measured
+from modalities.base import Batch, ExampleBatch, Measured
 from modalities.blocks import Block, find_blocks
 from modalities.multimodal import MultimodalModality, right_answer
 from modalities.prompts import noise
@@ -31,18 +31,13 @@ _IMAGES_PER_BATCH = {"cpu": 16, "cuda": 128}
 
 
 @dataclass(frozen=True)
-class MatchBatch(Batch):
+class MatchBatch(ExampleBatch):
     """Images (`ids` are their pixels), the texts that are compared, and the right one of each."""
 
     images: dict[str, Tensor] = field(default_factory=dict)
     texts: dict[str, Tensor] = field(default_factory=dict)
     words: tuple[str, ...] = ()
     right: tuple[int, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the texts."""
-        return self.texts["input_ids"].numel()
 
     def rows(self, start: int, stop: int) -> Self:
         """Some of the images, against all texts."""

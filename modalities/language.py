@@ -9,9 +9,7 @@ configuration and tokenizer; from then on opening it takes milliseconds.
 
 from __future__ import annotations
 
-import shutil
 import struct
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from modalities.converted import (
     licence_of,
     stated_licence,
 )
+from modalities.pretrained import copy_code, mapped, refuse_incomplete, reopened
 from modalities.text import adds_bos, cut_windows, shuffled
 
 _FORMAT = 2  # of a converted checkpoint; a change makes all of them anew
@@ -66,14 +65,11 @@ class LanguageModality(LoadedModality):
         Raises UserError for weights that are missing, damaged, unsafe or of another shape, and
         for a model whose matrix products are not seen.
         """
+        from transformers import AutoModelForCausalLM
+
         folder = convert(spec, resolve_dtype(spec.dtype, device))
         weights = MappedWeights(folder / WEIGHTS)
-        model = _skeleton(folder, spec)
-        weights.attach(model, "", torch.device("cpu"))
-        model.tie_weights()
-        empty = [name for name, p in model.named_parameters() if p.is_meta]
-        if empty:
-            raise UserError(f"{spec.source} has no weights for {empty[0]}: fetch it again")
+        model = mapped(AutoModelForCausalLM, folder, spec, weights)
         tokenizer = _tokenizer(folder)
         tokens = min(_PROBE_TOKENS, _context(model))
         ids = torch.arange(tokens).remainder(_vocabulary(model))[None]
@@ -157,21 +153,13 @@ class LanguageModality(LoadedModality):
         self.model.save_pretrained(folder)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
         if isinstance(self.weights, MappedWeights):
-            _copy_code(self.weights.path.parent, folder)
+            copy_code(self.weights.path.parent, folder)
 
     def reopen(self, folder: Path) -> LanguageModality:
         """Load what `save` wrote, as any user of transformers would."""
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            trust_remote_code=any(folder.glob("*.py")),  # there only after consent
-        ).eval()
-        if hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("eager")
-        model.requires_grad_(False)  # torch picks other kernels where a weight wants a gradient
-        blocks = [replace(b, module=model.get_submodule(b.name)) for b in self.blocks]
+        model, blocks = reopened(AutoModelForCausalLM, folder, self.blocks)
         rest = (self.device, self.tokenizer, self.licence)
         return LanguageModality(model, blocks, HeldWeights(), *rest)
 
@@ -232,13 +220,7 @@ def _convert(
         hint = ": fetch it again, it may be cut off" if layout.gguf else ""
         raise UserError(f"cannot load {spec.source}: {first_line(error)}{hint}") from error
     model, info = loaded
-    if lost := sorted(info["missing_keys"]):
-        raise UserError(f"{spec.source} lacks {len(lost)} weights of its model, {lost[0]} first")
-    for name, found, wanted in sorted(info["mismatched_keys"]):
-        raise UserError(
-            f"{spec.source}: {name} has shape {list(found)}, its config.json asks for "
-            f"{list(wanted)}: fetch both again"
-        )
+    refuse_incomplete(spec.source, sorted(info["missing_keys"]), info["mismatched_keys"])
     model.config.quantization_config = None
     del model.config.quantization_config
     where = tokenizer_path or layout.folder
@@ -257,22 +239,7 @@ def _convert(
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if spec.trust_remote_code:
-        _copy_code(layout.folder, folder)
-
-
-def _skeleton(folder: Path, spec: ModelSpec) -> Any:
-    """The model's modules with real buffers and empty parameters."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=spec.trust_remote_code
-        )
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # fused kernels hide the products of experts
-    return model.eval().requires_grad_(False)
+        copy_code(layout.folder, folder)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -294,8 +261,3 @@ def _context(model: Any) -> int:
 
 def _vocabulary(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
-
-
-def _copy_code(source: Path, folder: Path) -> None:
-    for file in source.glob("*.py"):
-        shutil.copy(file, folder)

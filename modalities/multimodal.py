@@ -24,17 +24,24 @@ from infra.images import Example, evaluated, usable
 from infra.records import SHOWN, Split
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
 from infra.weights import MappedWeights
-from modalities.base import Batch, HeldWeights, LoadedModality, Measured, Weights, resolve_dtype
+from modalities.base import (
+    Batch,
+    ExampleBatch,
+    HeldWeights,
+    LoadedModality,
+    Measured,
+    Weights,
+    resolve_dtype,
+)
 from modalities.blocks import Block, find_blocks
 from modalities.converted import WEIGHTS, licence_of
+from modalities.pretrained import copy_code, mapped, reopened
 from modalities.prompts import Prompts, Question, noise
 from modalities.vision_language import (
     auto_class,
     convert,
-    copy_code,
     matches,
     processor_of,
-    skeleton,
 )
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
@@ -42,16 +49,11 @@ _PIXELS_PER_TOKEN = 3 * 14 * 14  # about what a patch of an image costs
 
 
 @dataclass(frozen=True)
-class QuestionBatch(Batch):
+class QuestionBatch(ExampleBatch):
     """Questions whose inputs have one shape; `score` names what is measured of them."""
 
     questions: tuple[Question, ...] = ()
     score: str = ""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of text, those that stand for the image among them."""
-        return sum(question.ids.numel() for question in self.questions)
 
     def rows(self, start: int, stop: int) -> Self:
         """Some of the questions."""
@@ -96,16 +98,13 @@ class MultimodalModality(LoadedModality):
         place for images, a tower that the model does not have, and a model whose answers see what
         comes after them.
         """
-        from transformers import logging
+        from transformers import AutoConfig, logging
 
         logging.set_verbosity_error()
         folder = convert(spec, resolve_dtype(spec.dtype, device))
         weights = MappedWeights(folder / WEIGHTS)
-        model = skeleton(folder, spec)
-        weights.attach(model, "", torch.device("cpu"))
-        model.tie_weights()
-        if empty := [name for name, p in model.named_parameters() if p.is_meta]:
-            raise UserError(f"{spec.source} has no weights for {empty[0]}: fetch it again")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+        model = mapped(auto_class(config, spec.source), folder, spec, weights)
         kind = cls
         if matches(model.config):
             from modalities.contrastive import ContrastiveModality
@@ -274,13 +273,8 @@ class MultimodalModality(LoadedModality):
 
     def reopen(self, folder: Path) -> MultimodalModality:
         """Load what `save` wrote, as any user of transformers would."""
-        code = any(folder.glob("*.py"))  # there only after consent
         auto = auto_class(self.model.config, str(folder))
-        model = auto.from_pretrained(folder, dtype="auto", trust_remote_code=code).eval()
-        if hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("eager")
-        model.requires_grad_(False)  # torch picks other kernels where a weight wants a gradient
-        blocks = [replace(b, module=model.get_submodule(b.name)) for b in self.blocks]
+        model, blocks = reopened(auto, folder, self.blocks)
         rest = (self.device, self.processor, self.licence)
         return type(self)(model, blocks, HeldWeights(), *rest)
 

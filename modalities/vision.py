@@ -30,7 +30,15 @@ from infra.records import Split
 from infra.sources import fetch
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
 from infra.weights import MappedWeights, save_mapped
-from modalities.base import Batch, HeldWeights, LoadedModality, Measured, Weights, resolve_dtype
+from modalities.base import (
+    Batch,
+    ExampleBatch,
+    HeldWeights,
+    LoadedModality,
+    Measured,
+    Weights,
+    resolve_dtype,
+)
 from modalities.blocks import Block, find_blocks
 from modalities.converted import WEIGHTS, convert_once, licence_of, stated_licence
 
@@ -41,16 +49,11 @@ _CACHED_BYTES = 2 << 30  # of transformed images that wait for the next trial
 
 
 @dataclass(frozen=True)
-class ImageBatch(Batch):
+class ImageBatch(ExampleBatch):
     """`ids`: images x channels x height x width, transformed; `labels`: the class of each, -1
     where it is not known."""
 
     labels: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Images, as a plan counts them."""
-        return self.windows
 
     def rows(self, start: int, stop: int) -> Self:
         """Some of the images."""

@@ -1,7 +1,8 @@
 """Checkpoints of vision-language models: converted once, with what transformers needs beside them.
 
     folder = convert(ModelSpec(source="path/to/llava", modality="multimodal"), torch.bfloat16)
-    model, processor = skeleton(folder, spec), processor_of(folder)
+    folder = convert(spec, torch.float32)
+    processor = processor_of(folder)
 
 A checkpoint may leave out a part of the model and name the source of it in `parts.json`:
 {"model.language_model": "org/name"} takes the weights of that language model.
@@ -10,7 +11,6 @@ A checkpoint may leave out a part of the model and name the source of it in `par
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from infra.sources import fetch
 from infra.specs import ModelSpec
 from infra.weights import save_mapped
 from modalities.converted import WEIGHTS, convert_once, first_line, stated_licence
+from modalities.pretrained import copy_code, refuse_incomplete
 
 _FORMAT = 1  # of a converted checkpoint; a change makes all of them anew
 _PARTS = "parts.json"
@@ -69,14 +70,8 @@ def _convert(
         )
     except _UNLOADABLE as error:
         raise UserError(f"cannot load {spec.source}: {first_line(error)}") from error
-    lost = _filled(model, layout.folder, sorted(info["missing_keys"]), dtype)
-    if lost:
-        raise UserError(f"{spec.source} lacks {len(lost)} weights of its model, {lost[0]} first")
-    for name, found, wanted in sorted(info["mismatched_keys"]):
-        raise UserError(
-            f"{spec.source}: {name} has shape {list(found)}, its config.json asks for "
-            f"{list(wanted)}: fetch both again"
-        )
+    missing = _filled(model, layout.folder, sorted(info["missing_keys"]), dtype)
+    refuse_incomplete(spec.source, missing, info["mismatched_keys"])
     try:
         made = processor_of(processor, trust=trust)
     except _UNLOADABLE as error:
@@ -112,21 +107,6 @@ def _filled(model: nn.Module, folder: Path, lost: list[str], dtype: torch.dtype)
             each for each in lost if not each.startswith(f"{name}.") and each != "lm_head.weight"
         ]
     return lost
-
-
-def skeleton(folder: Path, spec: ModelSpec) -> Any:
-    """The model's modules with real buffers and empty parameters."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
-
-    trust = spec.trust_remote_code
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    auto = auto_class(config, spec.source)
-    with init_empty_weights(include_buffers=False):
-        model = auto.from_config(config, trust_remote_code=trust)
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # fused kernels hide the products of experts
-    return model.eval().requires_grad_(False)
 
 
 def auto_class(config: Any, source: str) -> Any:
@@ -169,9 +149,3 @@ def processor_of(folder: Path, *, trust: bool | None = None) -> Any:
             AutoTokenizer.from_pretrained(folder, trust_remote_code=trust),
         )
     return processor
-
-
-def copy_code(source: Path, folder: Path) -> None:
-    """The code that came with a model."""
-    for file in source.glob("*.py"):
-        shutil.copy(file, folder)

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from infra.spec_files import toml_value
-from tasks.statistics import plus_minus
+from tasks.statistics import label, plus_minus
 
 _KINDS = {  # task and library, as the hub calls them
     "language": ("text-generation", "transformers"),
@@ -114,7 +114,8 @@ def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]
     results = [
         EvalResult(
             task_type=task,
-            dataset_type=_hub_id(texts["report"]) or "text",
+            dataset_type=_hub_id(texts["report"])
+            or ("text" if report["windows"] == "windows" else "image"),
             dataset_name=short(texts["report"]),
             metric_type=metric,
             metric_value=value,
@@ -136,12 +137,7 @@ def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]
 
 def _rows(report: Mapping[str, Any]) -> str:
     shown = {n: m for n, m in report["best"]["metrics"].items() if n != "loss"}
-    names = [
-        n.replace("_", " ")
-        + (", %" if m["unit"] == "%" else "")
-        + (f" ({m['split']})" if "split" in m else "")
-        for n, m in shown.items()
-    ]
+    names = [label(name, metric) for name, metric in shown.items()]
     rows = [["model", *names, "zeros"], ["---"] * (len(names) + 2)]
     for side in ("dense", "uniform", "best"):
         if report[side]:
@@ -181,6 +177,6 @@ def short(source: str) -> str:
 
 def _public(source: str) -> str:
     """A source as others can read it: where a local file lies is nobody's business."""
-    if source.startswith("pypi:") or _hub_id(source):
+    if source.startswith(("pypi:", "npm:")) or _hub_id(source):
         return f"`{source.partition('#')[0]}`"
     return f"`{Path(source).name}` (a local source)"

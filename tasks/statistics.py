@@ -7,8 +7,9 @@ of window losses, or several lists: one per calibration seed, over the same wind
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from scipy.stats import t as student
 from infra.records import finite_exp
 
 TOO_LARGE = "over 1e304"  # exp of 700 nats
+
+_LABELS = {"bits_per_byte": "bits per byte", "top1": "top-1, %", "top5": "top-5, %"}
 
 Rows = Sequence[float] | Sequence[Sequence[float]]
 Array = NDArray[np.float64]
@@ -128,6 +131,14 @@ def plus_minus(mean: float | None, stderr: float | None) -> str:
     digits = 1 - math.floor(math.log10(stderr)) if stderr > 0 else 4
     digits = min(max(digits, 0), 6)
     return f"{mean:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def label(name: str, metric: Mapping[str, Any]) -> str:
+    """How a metric is called in a table; `metric` is an estimate as a dictionary."""
+    if name == "loss":
+        return f"loss, {metric['unit']}"
+    split = f" ({metric['split']})" if "split" in metric else ""
+    return _LABELS.get(name, f"{name}, %{split}" if metric["unit"] == "%" else name)
 
 
 def three_digits(value: float | None) -> str:

@@ -6,10 +6,11 @@ python -m pytest tests/flows/test_measures.py
 import pytest
 
 from flows.figures import figures
-from flows.measures import gains_of, headline, label, metrics_of
+from flows.measures import gains_of, headline, metrics_of
 from flows.report import build_report, render
 from infra.records import TrialResult
 from infra.specs import Spec
+from tasks.statistics import label
 from tests.flows.test_report import make_model, make_run, make_spec
 
 

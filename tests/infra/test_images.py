@@ -42,13 +42,16 @@ def test_a_folder_has_a_class_per_folder_and_is_dealt_out(tmp_path: Path) -> Non
     assert examples_sha256(data, "report") != examples_sha256(data, "selection")
 
 
+def test_a_stray_json_beside_images_is_no_table(tmp_path: Path) -> None:
+    (folder_of(tmp_path / "photos") / "licence.json").write_text('{"licence": "none"}')
+    data = DataSpec(source=str(tmp_path / "photos"))
+    assert {example.label for example in examples(data, "calibration")} == {"cat", "dog"}
+
+
 def test_images_without_classes(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(png(1))
-    data = DataSpec(source=str(tmp_path), calibration=str(tmp_path), report="x")
-    assert [e.label for e in examples(data.model_copy(update={"report": ""}), "calibration")] in (
-        [None],
-        [],
-    )
+    found = examples(DataSpec(calibration=str(tmp_path), report="x"), "calibration")
+    assert [(example.name, example.label) for example in found] == [("1.png", None)]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "disk", "jsonl"])

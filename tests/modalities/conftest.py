@@ -8,6 +8,9 @@ import pytest
 
 from infra.specs import DataSpec
 from tests.models import write_checkpoint, write_text
+from tests.tasks.conftest import one_thread
+
+__all__ = ["one_thread"]  # tiny products here as well
 
 
 @pytest.fixture

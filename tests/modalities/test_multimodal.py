@@ -31,14 +31,6 @@ TOWERS = {
 WORDS = ["cat", "a dog", "airplane"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """`load(family, towers)`: a model as a trial loads it."""
