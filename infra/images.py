@@ -15,7 +15,7 @@ import io
 import json
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,8 @@ class Example:
 def examples(data: DataSpec, split: Split) -> list[Example]:
     """The distinct images of a split, in the order of their source.
 
-    Raises UserError where there are none, and where report shares any with another split.
+    Raises UserError where there are none, where report shares any with another split, and for a
+    class that `data.classes` does not name.
     """
 
     def read(source: str) -> tuple[Example, ...]:
@@ -58,7 +59,22 @@ def examples(data: DataSpec, split: Split) -> list[Example]:
         path = fetch(source, "dataset")
         return _read(path, path.stat().st_mtime_ns, source, columns)
 
-    return deal(data, split, read, _key, lambda example: example.name, "image")
+    found = deal(data, split, read, _key, lambda example: example.name, "image")
+    return [_asked(example, data) for example in found] if data.ask or data.classes else found
+
+
+def _asked(example: Example, data: DataSpec) -> Example:
+    """With the question and the classes that the spec gives."""
+    label = example.label
+    if data.classes and isinstance(label, int):
+        if not 0 <= label < len(data.classes):
+            raise UserError(
+                f"{example.name} is of class {label}, data.classes names {len(data.classes)} "
+                f"(0 to {len(data.classes) - 1})"
+            )
+        label = data.classes[label]
+    choices = example.choices or data.classes
+    return replace(example, label=label, question=example.question or data.ask, choices=choices)
 
 
 def evaluated(data: DataSpec, split: Split, seed: int = 0) -> list[Example]:

@@ -57,6 +57,11 @@ class DataSpec(Frozen):
     question: str = Field("question", description="the column that holds what is asked of an image")
     answer: str = Field("answer", description="the column that holds the answer, or the caption")
     choices: str = Field("", description="the column that holds a list of answers to choose from")
+    ask: str = Field("", description="what is asked of every image without a question of its own")
+    classes: tuple[str, ...] = Field(
+        (),
+        description="names of the classes by number; choices where an image has none of its own",
+    )
     broken: float = Field(
         0.0, ge=0, lt=1, description="the share of images that may be unreadable and are left out"
     )

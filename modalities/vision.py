@@ -185,16 +185,16 @@ class VisionModality(LoadedModality):
         return labels
 
     def _names_of(self, data: DataSpec, where: str) -> list[str]:
-        """The names of the head's classes, else those of the data set in their order."""
+        """The head's names of its classes, else the spec's, or the data set's in their order."""
         if self._names:
             return self._names
         splits: tuple[Split, ...] = ("selection", "report")
         labels = {e.label for s in splits if data.source_of(s) for e in examples(data, s)}
-        names = sorted(str(label) for label in labels if label is not None)
+        names = list(data.classes) or sorted(str(label) for label in labels if label is not None)
         if len(names) != self._outputs:
             raise UserError(
                 f"{where} has {len(names)} classes, the head {self._outputs} and no names for "
-                "them: state label_names in the model's config.json, or use its own data set"
+                "them: give data.classes, or use its own data set"
             )
         return names
 

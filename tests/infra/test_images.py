@@ -135,3 +135,26 @@ def test_reporting_on_images_that_were_selected_on_is_refused(tmp_path: Path) ->
     )
     with pytest.raises(UserError, match=r"on the report split: .* images are in both"):
         examples(data, "report")
+
+
+def test_classes_by_name_are_what_is_chosen_from_when_asked(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"image": [png(i) for i in range(30)], "label": [0, 1] * 15})
+    table.to_parquet(tmp_path / "rows.parquet")
+    names = ("cat", "dog")
+    data = DataSpec(source=str(tmp_path / "rows.parquet"), ask="What is it?", classes=names)
+    found = examples(data, "report")
+    assert {(e.question, e.choices) for e in found} == {("What is it?", ("cat", "dog"))}
+    assert {e.label for e in found} == {"cat", "dog"}
+    assert examples_sha256(data, "report") != examples_sha256(
+        data.model_copy(update={"ask": "What?"}), "report"
+    )
+    with pytest.raises(UserError, match=r"is of class 1, data\.classes names 1 \(0 to 0\)"):
+        examples(data.model_copy(update={"classes": ("cat",)}), "report")
+
+
+def test_a_question_and_choices_of_its_own_stay(tmp_path: Path) -> None:
+    rows = {"image": [png(i) for i in range(30)], "question": ["Why?"] * 30, "c": [["x"]] * 30}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    source = str(tmp_path / "rows.parquet")
+    data = DataSpec(source=source, choices="c", ask="What?", classes=("cat", "dog"))
+    assert {(e.question, e.choices) for e in examples(data, "report")} == {("Why?", ("x",))}
