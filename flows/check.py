@@ -25,6 +25,7 @@ from flows.plan import (
     ladder,
     measuring_passes,
     planned_passes,
+    refuse_objective,
     search_trial,
     token_passes,
     waves_left,
@@ -110,6 +111,7 @@ def _look(spec: Spec, cluster: Cluster, *, alone: bool) -> _Found | UserError:
         kept = pinned.prune if alone else PruneSpec(sparsity=pinned.prune.sparsity)
         trials = kinds_of_trial(pinned.model_copy(update={"prune": kept}))
         model = cluster.call(describe_model, trials)
+        refuse_objective(pinned, model)
         tokens, seconds = cluster.call(time_dense, trials[0])
     except UserError as error:
         return error

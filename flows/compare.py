@@ -21,7 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flows.cells import Cell, cells_of
 from flows.comparison import Comparison, write_comparison
 from flows.live import Event
-from flows.plan import Results, final_wave, kinds_of_trial, next_wave, search_trial
+from flows.plan import (
+    Results,
+    final_wave,
+    kinds_of_trial,
+    next_wave,
+    refuse_objective,
+    search_trial,
+)
 from flows.search import Run, pin, refuse
 from flows.study import drive
 from infra import tracking
@@ -148,6 +155,7 @@ class _Shared:
         trials, source = kinds_of_trial(spec), spec.model.source
         if source not in self._models:
             self._models[source] = self.cluster.call(describe_model, trials)
+        refuse_objective(spec, self._models[source])
         measured = _measurement(spec)
         if allocation.measure is None:
             self._profiles[measured] = []

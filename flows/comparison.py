@@ -45,7 +45,7 @@ def write_comparison(folder: Path) -> Comparison:
         "protocol": store.spec.search.protocol,
         "rows": rows,
         "not_reproduced": NOT_REPRODUCED,
-        "spec": store.spec.model_dump(),
+        "spec": store.spec.model_dump(mode="json"),
         "provenance": store.provenance,
         "version": store.provenance.get("sparseramp", "checkout"),
     }

@@ -5,6 +5,7 @@ figures(report)["loss"]["data"]
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from tasks.statistics import label, plus_minus
@@ -20,18 +21,18 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
     sides = ["uniform"] if report["best"]["uniform"] else ["uniform", "best"]
     scored = report["headline"] in report["trials"][0]["scores"]
     metric = report["headline"] if scored else "loss"
-    blocks = report["model"]["blocks"]
+    model = report["model"]
     rates = [
-        _line(side, blocks, report[side]["block_rates"], "%{y:.2%} zeros in %{text}")
+        _line(side, model, report[side]["block_rates"], "%{y:.2%} zeros in %{text}")
         for side in sides
     ]
     errors = [
-        _line(side, blocks, [e["relative"] for e in curve], "relative error %{y:.3g} after %{text}")
+        _line(side, model, [e["relative"] for e in curve], "relative error %{y:.3g} after %{text}")
         for side, curve in ((side, report["errors"][side]) for side in sides)
         if curve
     ]
     split = [
-        _line(side, blocks, sizes, f"{what} %{{y:.3g}} in %{{text}}")
+        _line(side, model, sizes, f"{what} %{{y:.3g}} in %{{text}}")
         | {"name": f"{side}, {what}", "line": {"color": COLOURS[side], "width": 2, "dash": dash}}
         for side in sides
         for what, dash in (("made", "solid"), ("carried", "dot"))
@@ -48,9 +49,9 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
             else f"{report['number']} of {report['spec']['prune']['allocation']}",
             {"title": {"text": label(metric, report["best"]["metrics"][metric])}},
         ),
-        "rates": _figure(rates, "block", shares),
-        "errors": _figure(errors, "block", ratio | _ticks(errors)),
-        "split": _figure(split, "block", ratio | {"title": {"text": "part / ‖H‖"}} | _ticks(split)),
+        "rates": _by_block(rates, model, shares),
+        "errors": _by_block(errors, model, ratio | _ticks(errors)),
+        "split": _by_block(split, model, ratio | {"title": {"text": "part / ‖H‖"}} | _ticks(split)),
     }
 
 
@@ -64,9 +65,36 @@ def _figure(data: list[Figure], xtitle: str, yaxis: Figure) -> Figure:
     return {"data": data, "layout": {"xaxis": {"title": {"text": xtitle}}, "yaxis": yaxis}}
 
 
+def _by_block(data: list[Figure], model: dict[str, Any], yaxis: Figure) -> Figure:
+    """Towers, where there are several, with a line between them and their names at the top."""
+    figure, parts = _figure(data, "block", yaxis), _parts(model)
+    if len(parts) > 1:
+        figure["layout"]["shapes"] = [
+            {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": x, "x1": x}
+            | {"line": {"color": COLOURS["uniform"], "width": 1, "dash": "dot"}}
+            for x in (start - 0.5 for _, start, _ in parts[1:])
+        ]
+        figure["layout"]["annotations"] = [
+            {"text": tower, "x": (start + stop - 1) / 2, "y": 1, "yref": "paper"}
+            | {"yanchor": "top", "showarrow": False}
+            for tower, start, stop in parts
+        ]
+    return figure
+
+
+def _parts(model: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """Each tower with its first block and the one after its last."""
+    found, start = list[tuple[str, int, int]](), 0
+    for tower, blocks in groupby(model["towers"]):
+        stop = start + len(list(blocks))
+        found.append((tower, start, stop))
+        start = stop
+    return found
+
+
 def _room(traces: list[Figure]) -> list[float]:
     """Bounds of an axis of shares: five points around the data, nothing outside of 0 to 1."""
-    values = [value for trace in traces for value in trace["y"]]
+    values = [value for trace in traces for value in trace["y"] if value is not None]
     return [max(min(values) - 0.05, 0), min(max(values) + 0.05, 1)]
 
 
@@ -77,14 +105,20 @@ def _ticks(traces: list[Figure]) -> dict[str, str]:
     return {"dtick": "D1"} if span < 5 else {"dtick": "D2"} if span < 300 else {}
 
 
-def _line(side: str, blocks: list[str], values: Sequence[float | None], hover: str) -> Figure:
+def _line(side: str, model: dict[str, Any], values: Sequence[float | None], hover: str) -> Figure:
+    """Values by block, a line for each tower: where one ends there is a point without a value."""
+    points = list[tuple[int, float | None, str]]()
+    for _, start, stop in _parts(model):
+        points += [(start, None, "")] * bool(start)
+        points += zip(range(start, stop), values[start:stop], model["blocks"][start:], strict=False)
+    x, y, text = zip(*points, strict=True)
     return {
         "type": "scatter",
         "mode": "lines+markers",
         "name": side,
-        "x": list(range(len(values))),
-        "y": values,
-        "text": blocks,
+        "x": list(x),
+        "y": list(y),
+        "text": list(text),
         "hovertemplate": f"{side}: {hover}<extra></extra>",
         "line": {"color": COLOURS[side], "width": 2},
         "marker": {"size": 5},

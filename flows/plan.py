@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from infra.errors import UserError
+from infra.errors import UserError, nearest
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import grid, propose
 from infra.specs import ModelSpec, PruneSpec, Spec
@@ -115,6 +115,17 @@ def search_trial(
         context=spec.evaluation.context,
         **_tasks(spec, [task] if (task := spec.search.objective.rpartition("/")[0]) else []),
     )
+
+
+def refuse_objective(spec: Spec, model: ModelRecord) -> None:
+    """Raise UserError where what is searched is not measured of this model."""
+    objective = spec.search.objective
+    if objective not in ("loss", *model.scores):
+        known = ["loss", *model.scores]
+        raise UserError(
+            f"search.objective={objective!r} is not measured of {model.source}: "
+            f"{nearest(objective, known)}"
+        )
 
 
 def kinds_of_trial(spec: Spec) -> list[TrialSpec]:

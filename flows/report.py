@@ -115,11 +115,12 @@ def build_report(
         },
         "pictures": [],
         "trials": _trials(results, done),
-        **_errors(uniform, best, gain),
-        "spec": spec.model_dump(),
+        **_errors(uniform, best, gain, model),
+        "spec": spec.model_dump(mode="json"),
         "model": {
             **model.model_dump(exclude={"matrices"}),
             "prunable_params": sum(model.block_params()),
+            "towers": model.towers(),
         },
         "cost": {
             "seconds": seconds,
@@ -180,19 +181,24 @@ def _side(side: Sequence[TrialResult], unit: str) -> dict[str, Any]:
 
 
 def _errors(
-    uniform: Sequence[TrialResult], best: Sequence[TrialResult], gain: Difference
+    uniform: Sequence[TrialResult],
+    best: Sequence[TrialResult],
+    gain: Difference,
+    model: ModelRecord,
 ) -> dict[str, Any]:
-    """The error curves of the seed that has them, and what they say."""
+    """The error curves of the seed that has them, and what they say: of a model of one tower, as
+    gains do not follow an error from one into another."""
     equal, other = (next((r for r in side if r.errors), side[0]) for side in (uniform, best))
     curves = {"uniform": equal.errors, "best": other.errors}
     both = (equal.errors, other.errors, equal.block_rates, other.block_rates)
     verdict: Verdict = "gain" if gain.low > 0 else "loss" if gain.high < 0 else "no gain"
+    said = explain(*both, verdict=verdict, same=_is_uniform(other))
     return {
         "errors": {
             **{side: [error.model_dump() for error in curve] for side, curve in curves.items()},
             "damage_rates": damage_rates(*both),
         },
-        "explanation": explain(*both, verdict=verdict, same=_is_uniform(other)),
+        "explanation": said if len(set(model.towers())) == 1 else "",
     }
 
 

@@ -19,6 +19,7 @@ from flows.plan import (
     kinds_of_trial,
     next_wave,
     planned_passes,
+    refuse_objective,
     search_trial,
     token_passes,
 )
@@ -82,6 +83,7 @@ def describe(cluster: Cluster, spec: Spec) -> ModelRecord:
     """What the model of a spec is made of, and what its allocation measures of it."""
     trials = kinds_of_trial(spec)
     model = cluster.call(describe_model, trials)
+    refuse_objective(spec, model)
     profile = cluster.call(measure_profile, search_trial(spec, spec.prune, -1))
     return model.model_copy(update={"profile": profile})
 

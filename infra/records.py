@@ -48,6 +48,7 @@ class ModelRecord(Frozen):
     total_params: int
     unseen: list[str] = Field(default=[], description="matrices of blocks in no known product")
     unit: str = Field("token", description="what a loss is the mean of: token, image, answer")
+    scores: list[str] = Field(default=[], description="what is measured of it beside the loss")
     context: int = Field(description="longest context the model states")
     width: int = Field(0, description="of the hidden state")
     inner: int = Field(0, description="largest side of a matrix in a block")
@@ -61,6 +62,11 @@ class ModelRecord(Frozen):
     dense_loss: float = Field(0.0, description="nats per token on the first evaluated batch")
     data_sha256: dict[str, str] = Field(default={}, description="of the documents of each split")
     licence: str = ""
+
+    def towers(self) -> list[str]:
+        """The tower of each block, in order; empty names in a model that is one."""
+        found = {matrix.block: matrix.tower for matrix in self.matrices}
+        return [found.get(block, "") for block in range(len(self.blocks))]
 
     def block_params(self) -> list[int]:
         """Prunable parameters of each block, in order."""

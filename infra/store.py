@@ -328,7 +328,7 @@ def _repair(directory: Path) -> None:
 def _toml(spec: Spec) -> str:
     """The full spec as TOML: sections of strings, numbers, booleans, lists and inline tables."""
     lines = []
-    for section, values in spec.model_dump().items():
+    for section, values in spec.model_dump(mode="json").items():
         lines.append(f"[{section}]")
         # JSON writes these values as TOML does, but for DEL
         lines += [

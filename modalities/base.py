@@ -264,7 +264,12 @@ class Modality(ABC):
 
 
 class LoadedModality(Modality):
-    """A model that a spec names, with its data, and how it is saved: what a trial works on."""
+    """A model that a spec names, with its data, and how it is saved: what a trial works on.
+
+    `writer` is the tokenizer, or the processor, of a model that continues a text; None of others.
+    """
+
+    writer: Any = None
 
     @classmethod
     @abstractmethod

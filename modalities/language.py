@@ -55,7 +55,8 @@ class LanguageModality(LoadedModality):
         licence: str,
     ) -> None:
         super().__init__(model, blocks, weights, device)
-        self.tokenizer, self.licence = tokenizer, licence
+        self.tokenizer = self.writer = tokenizer
+        self.licence = licence
         self._adds_bos = adds_bos(tokenizer)
 
     @classmethod

@@ -89,6 +89,8 @@ class MultimodalModality(LoadedModality):
 
     def _prepare(self) -> None:
         self.prompts = Prompts(self.processor, self.model)
+        if self.prompts.image_id is not None and not self.prompts.two_places:
+            self.writer = self.processor
 
     @classmethod
     def load(cls, spec: ModelSpec, device: torch.device) -> MultimodalModality:

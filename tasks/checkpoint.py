@@ -65,7 +65,7 @@ def save_checkpoint(
             "parameters": spec.prune.parameters,
             "block_rates": list(rates),
             "calibration": spec.calibration.model_dump(),
-            "data": spec.data.model_dump(),
+            "data": spec.data.model_dump(mode="json"),
             "evaluation": {"context": spec.context, "report_windows": spec.windows},
             "matrices": [matrix.model_dump() for matrix in outcome.matrices],
             "sha256": hashes,

@@ -24,7 +24,7 @@ from tasks.allocation import block_rates, check_rates, measure_rates, plan_of, t
 if TYPE_CHECKING:
     import torch
 
-    from modalities.base import Batch, LoadedModality
+    from modalities.base import Batch, LoadedModality, Measured
 
 _loaded: dict[tuple[str, str], LoadedModality] = {}  # at most one: a worker serves one model
 
@@ -143,21 +143,23 @@ def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> Mo
     first = trials[0]
     method_named(first.prune.method)
     modality = loaded(first.model)
+    scores: dict[str, None] = {}
     for trial in reversed(trials):  # what asks for most text is refused first, with its full size
         rates = check_rates(trial.prune, modality.matrices())
         refuse_unfit(modality, rates, method=trial.prune.method, pattern=trial.prune.pattern)
         modality.calibration_batches(trial.data, trial.calibration)
         modality.evaluation_batches(trial.data, trial.split, trial.windows, trial.context)
         if trial.tasks:
-            check_tasks(modality, **_asked_of_tasks(trial))
+            scores |= dict.fromkeys(check_tasks(modality, **_asked_of_tasks(trial)))
     batches = modality.evaluation_batches(
         first.data, first.split, first.windows, first.context, divisor=batch_divisor
     )
-    losses = _dense_loss(modality, batches[0])
+    dense = _dense_loss(modality, batches[0])
     splits: tuple[Split, ...] = ("calibration", "selection", "report")
     return modality.record(first.model.source).model_copy(
         update={
-            "dense_loss": sum(losses) / len(losses),
+            "dense_loss": sum(dense.losses) / len(dense.losses),
+            "scores": [*dense.scores, *scores],
             "data_sha256": {s: data_sha256(first.model.modality, first.data, s) for s in splits},
         }
     )
@@ -213,13 +215,13 @@ def _make_dense(modality: LoadedModality) -> None:
         modality.release_block(index)
 
 
-def _dense_loss(modality: LoadedModality, batch: Batch) -> list[float]:
+def _dense_loss(modality: LoadedModality, batch: Batch) -> Measured:
     import torch
 
     from tasks.sweep import sweep
 
     with torch.no_grad(), modality.streaming():
-        plain = modality.losses(batch)
+        plain = modality.measure(batch)
     swept = sweep(
         modality,
         [0.0] * len(modality.matrices()),
@@ -228,8 +230,8 @@ def _dense_loss(modality: LoadedModality, batch: Batch) -> list[float]:
         calibration=(),
         evaluation=[batch],
     ).losses
-    if swept != plain:
-        raise RuntimeError(f"lockstep gives a dense loss of {swept}, a plain loop {plain}")
+    if swept != plain.losses:
+        raise RuntimeError(f"lockstep gives a dense loss of {swept}, a plain loop {plain.losses}")
     return plain
 
 

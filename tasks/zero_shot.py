@@ -28,7 +28,7 @@ from infra.sources import fetch
 from tasks.zero_shot_data import local_data
 
 if TYPE_CHECKING:
-    from modalities.base import Modality
+    from modalities.base import LoadedModality
 
 # What published tables of pruned language models average.
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -39,7 +39,7 @@ _GENERATED = 2048  # tokens that a prompt and its answer are planned with
 
 
 def zero_shot(
-    modality: Modality,
+    modality: LoadedModality,
     tasks: Sequence[str],
     *,
     rows: int = 0,
@@ -59,7 +59,7 @@ def zero_shot(
     with _quiet():
         from lm_eval import simple_evaluate
 
-        model = _language_model(modality, batch_divisor)
+        model = _as_lm_eval_has_it(modality, batch_divisor)
         try:
             with modality.resident():
                 results = simple_evaluate(
@@ -70,6 +70,8 @@ def zero_shot(
                     cache_requests=False,
                     use_cache=None,
                     bootstrap_iters=0,
+                    apply_chat_template=bool(getattr(modality.writer, "chat_template", None))
+                    and model.MULTIMODAL,  # as its authors advise for models of images
                 )
         except ValueError as error:  # code that would be run, images for a text model
             if str(error).startswith("Attempted to run task"):
@@ -88,21 +90,27 @@ def zero_shot(
 
 
 def check_tasks(
-    modality: Modality, tasks: Sequence[str], *, rows: int = 0, skip: int = 0, data: str = ""
-) -> None:
-    """Raise UserError where `zero_shot` would, as far as that is known before the model is run."""
-    _chosen(modality, tasks, rows, skip, data)
+    modality: LoadedModality, tasks: Sequence[str], *, rows: int = 0, skip: int = 0, data: str = ""
+) -> list[str]:
+    """The scores that `zero_shot` would give; raises what it would, as far as that is known before
+    the model is run."""
+    chosen = _chosen(modality, tasks, rows, skip, data)
+    return [
+        f"{name}/{metric}"
+        for name, leaves in chosen.items()
+        for metric in dict.fromkeys(metric for leaf in leaves for metric in _metrics_of(leaf))
+    ]
 
 
 def _chosen(
-    modality: Modality, tasks: Sequence[str], rows: int, skip: int, data: str
+    modality: LoadedModality, tasks: Sequence[str], rows: int, skip: int, data: str
 ) -> dict[str, list[Any]]:
     """What each name stands for, with the rows asked for."""
-    from modalities.language import LanguageModality
-
-    if not isinstance(modality, LanguageModality):
+    if modality.writer is None:
         kind = type(modality).__name__.removesuffix("Modality").lower()
-        raise UserError(f"evaluation.tasks: only language models are given tasks, no {kind} ones")
+        raise UserError(
+            f"evaluation.tasks: only models that continue a text are given tasks, no {kind} ones"
+        )
     folder = fetch(data, "dataset") if data else None
     with _quiet():
         asked = _asked(tasks, folder, data)
@@ -190,6 +198,15 @@ def _with_rows(task: Any, asked: str, rows: int, skip: int) -> Any:
     return copied
 
 
+def _metrics_of(task: Any) -> list[str]:
+    """Those of its metrics that are better when higher; of several filters, with their names."""
+    higher, filters = task.higher_is_better(), [each.name for each in task._filters]
+    metrics = [metric for metric in task.aggregation() if higher.get(metric, True)]
+    if len(filters) == 1:
+        return metrics
+    return [f"{metric},{name}" for metric in metrics for name in filters]
+
+
 def _per_row(task: Any, samples: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """The metrics that are numbers; those of a task with several filters carry their names."""
     higher = task.higher_is_better()
@@ -203,11 +220,13 @@ def _per_row(task: Any, samples: Sequence[dict[str, Any]]) -> dict[str, list[flo
     return found
 
 
-def _language_model(modality: Any, divisor: int) -> Any:
+def _as_lm_eval_has_it(modality: LoadedModality, divisor: int) -> Any:
     """lm-eval's wrapper of the model as it stands."""
+    from lm_eval.models.hf_vlms import HFMultimodalLM
     from lm_eval.models.huggingface import HFLM
 
     at_once = _TOKENS_AT_ONCE[modality.device.type] // divisor
+    writer = copy.deepcopy(modality.writer)  # it is given a padding token
 
     class InMemory(HFLM):  # type: ignore[misc]
         """Batches by tokens: requests come by falling length, so a batch's first is its longest."""
@@ -228,8 +247,16 @@ def _language_model(modality: Any, divisor: int) -> Any:
             """Of prompts that are answered in free text."""
             return max(1, at_once // min(int(self.max_length), _GENERATED))
 
-    tokenizer = copy.deepcopy(modality.tokenizer)  # it is given a padding token
-    return InMemory(pretrained=modality.model, tokenizer=tokenizer, batch_size="auto")
+    class Seeing(HFMultimodalLM):  # type: ignore[misc]
+        """Reads the processor from no file."""
+
+        def _create_tokenizer(self, *_: Any, **__: Any) -> None:
+            self.processor, self.tokenizer = writer, writer.tokenizer
+
+    if hasattr(writer, "image_processor"):
+        rows = max(1, at_once // _GENERATED)
+        return Seeing(pretrained=modality.model, batch_size=rows)
+    return InMemory(pretrained=modality.model, tokenizer=writer, batch_size="auto")
 
 
 @contextmanager

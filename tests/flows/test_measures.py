@@ -3,6 +3,7 @@
 python -m pytest tests/flows/test_measures.py
 """
 
+import plotly.graph_objects as go
 import pytest
 
 from flows.figures import figures
@@ -76,3 +77,25 @@ def test_a_task_has_rows_of_its_own() -> None:
     assert label("boolq/acc", metrics_of([local], "token")["boolq/acc"]) == (
         "boolq/acc, % (validation)"
     )
+
+
+def test_towers_have_lines_of_their_own() -> None:
+    model = make_model()
+    matrices = [
+        m.model_copy(update={"tower": "vision" if m.block < 10 else "language"})
+        for m in model.matrices
+    ]
+    two = model.model_copy(update={"matrices": matrices})
+    report = build_report(make_spec(), two, make_run(), 1.0)
+    assert report["model"]["towers"] == ["vision"] * 10 + ["language"] * 20
+    whole = build_report(make_spec(), model, make_run(), 1.0)
+    assert whole["explanation"] and not report["explanation"]
+    drawn = figures(report)["rates"]
+    rates = report["best"]["block_rates"]
+    assert drawn["data"][1]["y"] == [*rates[:10], None, *rates[10:]]
+    assert drawn["data"][1]["text"][9:12] == ["model.layers.9", "", "model.layers.10"]
+    names = [(mark["text"], mark["x"]) for mark in drawn["layout"]["annotations"]]
+    assert names == [("vision", 4.5), ("language", 19.5)]
+    assert drawn["layout"]["shapes"][0]["x0"] == 9.5
+    for figure in figures(report).values():
+        go.Figure(figure)  # raises for an attribute that plotly does not know

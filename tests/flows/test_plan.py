@@ -16,6 +16,7 @@ from flows.plan import (
     ladder,
     next_wave,
     planned_passes,
+    refuse_objective,
     search_trial,
     token_passes,
 )
@@ -312,3 +313,11 @@ def test_the_published_number_is_among_the_first_candidates() -> None:
         spec = make_spec(prune={"allocation": allocation})
         tried = [t.prune.parameters.get(name) for t in next_wave(spec, model, {})]
         assert tried[0] is None and default in tried
+
+
+def test_what_a_model_is_not_measured_by_is_not_searched() -> None:
+    model = make_model().model_copy(update={"scores": ["top1", "top5"]})
+    for objective in ("loss", "top5"):
+        refuse_objective(make_spec(search={"objective": objective}), model)
+    with pytest.raises(UserError, match=r"search\.objective='top3' is not measured .* 'top5'\?"):
+        refuse_objective(make_spec(search={"objective": "top3"}), model)

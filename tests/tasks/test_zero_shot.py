@@ -207,8 +207,10 @@ def test_other_modalities_are_refused() -> None:
     class VisionModality:
         """Enough to be refused."""
 
+        writer = None
+
     vision: Any = VisionModality()
-    with pytest.raises(UserError, match="only language models are given tasks, no vision ones"):
+    with pytest.raises(UserError, match="continue a text are given tasks, no vision ones"):
         zero_shot.check_tasks(vision, ["rte"])
 
 
@@ -240,6 +242,7 @@ def test_a_trial_measures_the_pruned_model_and_the_dense_one_once(spec: TrialSpe
     asked = {"rows": 3, "data": spec.task_data}
     before = zero_shot.zero_shot(modality, spec.tasks, **asked)
     result = trial.run_trial(spec)
+    assert record.scores == list(result.scores)
     assert result.dense_scores == before
     saved = load(Path(result.checkpoint))
     assert result.scores == zero_shot.zero_shot(saved, spec.tasks, **asked)
