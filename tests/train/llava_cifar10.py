@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("tests/data/llava_cifar10"))
     parser.add_argument("--steps", type=int, default=200, help="through the language model")
-    add_options(parser, epochs=12)
+    add_options(parser, epochs=16)
     options = parser.parse_args()
     rank, ranks, device = started()
     began = time.perf_counter()
@@ -223,9 +223,7 @@ def _write(model: Any, processor: Any, out: Path) -> None:
 def _accuracy(out: Path, device: torch.device) -> float:
     """Of 1,000 questions about test images, measured as a search does."""
     modality = MultimodalModality.load(ModelSpec(source=str(out), modality="multimodal"), device)
-    data = DataSpec(
-        source="none", report=f"{PACKAGE}/test_batch.png", ask=QUESTION, classes=tuple(CLASSES)
-    )
+    data = DataSpec(source=f"{PACKAGE}/test_batch.png", ask=QUESTION, classes=tuple(CLASSES))
     scores: list[float] = []
     for batch in modality.evaluation_batches(data, "report", 1000, 0):
         scores += modality.measure(batch).scores["accuracy"]
