@@ -12,6 +12,7 @@ import glob
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -44,7 +45,7 @@ def documents(data: DataSpec, split: Split) -> list[str]:
     """
 
     def read(source: str) -> tuple[str, ...]:
-        files = _files_of(source)
+        files = _files_of(source, data.files)
         stamps = tuple(file.stat().st_mtime_ns for file in files)
         return _read(files, stamps, data.column, source)
 
@@ -82,13 +83,13 @@ def deal(
     return found
 
 
-def whole_text(source: str, column: str = "text") -> str:
+def whole_text(source: str, column: str = "text", pattern: str = "") -> str:
     """All text of a source as the published WikiText-2 protocol reads it: rows joined by "\\n\\n".
 
     The rows of a WikiText file are its lines, as in the hub's tables of it; any other text file
     is returned as it stands.
     """
-    files = _files_of(source)
+    files = _files_of(source, pattern)
     if suffix_of(files[0]) in TABLES or files[0].is_dir():
         return "\n\n".join(_rows(files, column, source))
     text = "".join(_text(file) for file in files)
@@ -169,7 +170,7 @@ def _titles(lines: list[str]) -> list[int]:
     ]
 
 
-def _files_of(source: str) -> tuple[Path, ...]:
+def _files_of(source: str, pattern: str) -> tuple[Path, ...]:
     """The files that a source consists of; a folder of `save_to_disk` stands for itself."""
     path = fetch(source, "dataset")
     if path.is_file():
@@ -183,16 +184,29 @@ def _files_of(source: str) -> tuple[Path, ...]:
     if (path / "dataset_dict.json").exists():
         inside = ", ".join(sorted(each.parent.name for each in path.glob("*/state.json")))
         raise UserError(f"{source} holds several data sets: name one of its folders ({inside})")
-    visible = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
-    ]
+    visible = files_inside(path, pattern, source)
     for kind in _KINDS:
         if files := tuple(file for file in visible if suffix_of(file) in kind):
             return files
     known = ", ".join(suffix for kind in _KINDS for suffix in kind)
     raise UserError(f"{source} holds no file of text ({known})")
+
+
+def files_inside(folder: Path, pattern: str, source: str) -> list[Path]:
+    """The visible files of a folder, those that match a pattern of paths where one is given.
+
+    Raises UserError where none does.
+    """
+    visible = {
+        file.relative_to(folder).as_posix(): file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
+    }
+    found = [file for name, file in visible.items() if not pattern or fnmatch(name, pattern)]
+    if pattern and not found:
+        has = ", ".join(list(visible)[:5]) or "no files"
+        raise UserError(f"{source} has no files {pattern!r}, it has {has}: set data.files")
+    return found
 
 
 def suffix_of(path: Path) -> str:

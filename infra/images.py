@@ -14,12 +14,13 @@ import hashlib
 import io
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.documents import TABLES, Split, deal, load_table, suffix_of
+from infra.documents import TABLES, Split, deal, files_inside, load_table, suffix_of
 from infra.errors import UserError
 from infra.sources import fetch
 from infra.specs import DataSpec
@@ -29,15 +30,21 @@ if TYPE_CHECKING:
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _SIDE = 32  # of a CIFAR image
+_COLUMNS = ("image", "label", "question", "answer", "choices")  # that a spec names
+_SPLIT = re.compile(r"/(train|validation|valid|val|dev|test)[-_./]")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image, or text alone where `image` is empty; `label` is a class or the name of one."""
+    """One image, or text alone where `image` is empty; `label` is a class or the name of one.
+
+    `number` is the place of that class in the data set's own order, where it has one.
+    """
 
     image: bytes | Path
     name: str
     label: int | str | None = None
+    number: int | None = None
     question: str = ""
     answer: str = ""
     choices: tuple[str, ...] = ()
@@ -55,9 +62,9 @@ def examples(data: DataSpec, split: Split) -> list[Example]:
     """
 
     def read(source: str) -> tuple[Example, ...]:
-        columns = (data.image, data.label, data.question, data.answer, data.choices)
         path = fetch(source, "dataset")
-        return _read(path, path.stat().st_mtime_ns, source, columns)
+        columns = tuple((name, getattr(data, name)) for name in _COLUMNS)
+        return _read(path, path.stat().st_mtime_ns, source, columns, data.files)
 
     found = deal(data, split, read, _key, lambda example: example.name, "image")
     return [_asked(example, data) for example in found] if data.ask or data.classes else found
@@ -72,9 +79,12 @@ def _asked(example: Example, data: DataSpec) -> Example:
                 f"{example.name} is of class {label}, data.classes names {len(data.classes)} "
                 f"(0 to {len(data.classes) - 1})"
             )
-        label = data.classes[label]
-    choices = example.choices or data.classes
-    return replace(example, label=label, question=example.question or data.ask, choices=choices)
+        example = replace(example, label=data.classes[label], number=label)
+    return replace(
+        example,
+        question=example.question or data.ask,
+        choices=example.choices or data.classes,
+    )
 
 
 def evaluated(data: DataSpec, split: Split, seed: int = 0) -> list[Example]:
@@ -92,6 +102,8 @@ def usable(
     Raises UserError naming the first broken one where more are broken than `data.broken` allows,
     and where there are not enough.
     """
+    from PIL.Image import DecompressionBombError
+
     good: list[tuple[Example, Image | None]] = []
     broken: list[str] = []
     for example in found:
@@ -99,10 +111,12 @@ def usable(
             break
         try:
             good.append((example, decode(example) if example.image else None))
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, DecompressionBombError) as error:
             reason = str(error).partition("\n")[0].partition(" <")[0]
             broken.append(f"{example.name} ({reason or type(error).__name__})")
-    if len(broken) > data.broken * (len(good) + len(broken)):
+    # One is not yet a share of a few images.
+    allowed = max(1, data.broken * (len(good) + len(broken))) if data.broken else 0
+    if len(broken) > allowed:
         raise UserError(
             f"{what}: {len(broken)} of {len(good) + len(broken)} images cannot be read, the first "
             f"is {broken[0]}: repair or remove them, or allow some with data.broken=0.01"
@@ -140,32 +154,47 @@ def _key(example: Example) -> bytes:
 
 @functools.lru_cache(maxsize=1 << 20)
 def _digest(example: Example) -> bytes:
-    return hashlib.sha256(example.read()).digest()
+    try:
+        return hashlib.sha256(example.read()).digest()
+    except OSError:  # it is counted as broken where it is used
+        return hashlib.sha256(str(example.image).encode()).digest()
 
 
 @functools.lru_cache(maxsize=4)  # every trial of a worker asks for the same few
-def _read(path: Path, stamp: int, source: str, columns: tuple[str, ...]) -> tuple[Example, ...]:
+def _read(
+    path: Path, stamp: int, source: str, columns: tuple[tuple[str, str], ...], pattern: str
+) -> tuple[Example, ...]:
     if path.name.endswith("_batch.png") or "data_batch_" in path.name:
         found: Iterator[Example] = _cifar(path)
     else:
-        images, tables = _inside(path)
-        found = _rows(tables, source, columns) if tables else _folder(path, images)
+        images, tables = _inside(path, pattern, source)
+        found = _rows(tables, source, dict(columns)) if tables else _folder(path, images)
     seen: dict[bytes, Example] = {}
-    for example in found:
-        same = _key(example) + example.question.encode()  # one image may be asked about twice
-        seen.setdefault(same, example)
+    for example in found:  # one image may be asked about twice, and have several captions
+        asked = json.dumps([example.question, example.choices, example.answer])
+        seen.setdefault(_key(example) + asked.encode(), example)
     return tuple(seen.values())
 
 
-def _inside(path: Path) -> tuple[list[Path], list[Path]]:
+def _inside(path: Path, pattern: str, source: str) -> tuple[list[Path], list[Path]]:
     """The images of a source, and what is its table: those of the first kind, beside images no
     .json, which tells other things."""
+    if path.is_file() and suffix_of(path) not in TABLES:
+        known = ", ".join(TABLES)
+        raise UserError(f"{source} is no folder of images, no table ({known}), and not CIFAR-10's")
     if path.is_file() or (path / "state.json").exists():
         return [], [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = files_inside(path, pattern, source)
     images = [file for file in files if file.suffix.lower() in _IMAGES]
     tables = [f for f in files if suffix_of(f) in TABLES and not (images and f.suffix == ".json")]
-    return images, [file for file in tables if suffix_of(file) == suffix_of(tables[0])]
+    tables = [file for file in tables if suffix_of(file) == suffix_of(tables[0])]
+    splits = {found[1] for file in tables if (found := _SPLIT.search(f"/{file.relative_to(path)}"))}
+    if len(splits) > 1:
+        raise UserError(
+            f"{source} holds the splits {', '.join(sorted(splits))}: choose one with "
+            f"data.files={tables[0].relative_to(path).as_posix()!r} or a pattern"
+        )
+    return images, tables
 
 
 def _folder(path: Path, images: list[Path]) -> Iterator[Example]:
@@ -186,9 +215,12 @@ def _cifar(path: Path) -> Iterator[Example]:
     else:
         import PIL.Image
 
-        PIL.Image.MAX_IMAGE_PIXELS = None  # a strip of 10,000 images is large, and no bomb
-        with PIL.Image.open(path) as strip:
-            pixels, size = strip.convert("RGB").tobytes(), 3 * _SIDE**2
+        most, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+        try:  # a strip of 10,000 images is large, and no bomb
+            with PIL.Image.open(path) as strip:
+                pixels, size = strip.convert("RGB").tobytes(), 3 * _SIDE**2
+        finally:
+            PIL.Image.MAX_IMAGE_PIXELS = most
         images = [pixels[i : i + size] for i in range(0, len(pixels), size)]
         pairs = list(zip(_strip_labels(path, len(images)), images, strict=True))
     header = f"P6 {_SIDE} {_SIDE} 255\n".encode()
@@ -217,35 +249,51 @@ def _strip_labels(path: Path, count: int) -> list[int]:
     return labels[first : first + count]
 
 
-def _rows(files: list[Path], source: str, columns: tuple[str, ...]) -> Iterator[Example]:
+def _rows(files: list[Path], source: str, columns: dict[str, str]) -> Iterator[Example]:
     """The rows of a table; paths of images are relative to its folder."""
     import datasets
 
-    image, label, question, answer, choices = columns
+    image, label, question, answer, choices = (columns[name] for name in _COLUMNS)
     table = load_table(files, source)
     for name, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
     if image not in table.column_names and question not in table.column_names:
-        names = ", ".join(table.column_names)
-        raise UserError(f"{source} has no column {image!r}, it has {names}: set data.image")
+        raise _without(source, image, table.column_names, "image")
+    for name, column in columns.items():
+        usual = DataSpec.model_fields[name].default
+        if column not in ("", usual, *table.column_names):
+            raise _without(source, column, table.column_names, name)
     root = files[0] if files[0].is_dir() else files[0].parent
     classes = getattr(table.features.get(label), "names", None)
     for number, row in enumerate(table):
-        kind = row.get(label)
+        kind, what = row.get(label), f"{source}[{number}]"
+        if not isinstance(kind, int | str | None):
+            raise UserError(f"{what} has a {type(kind).__name__} for a class: set data.label")
+        place = kind if classes and isinstance(kind, int) and kind >= 0 else None
+        if classes and place is not None:
+            kind = classes[place]
         yield Example(
-            _encoded(row.get(image), root),
-            f"{source}[{number}]",
-            classes[kind] if classes and isinstance(kind, int) and kind >= 0 else kind,
+            _encoded(row.get(image), root, what),
+            what,
+            kind,
+            place,
             str(row.get(question) or ""),
             str(row.get(answer) if row.get(answer) is not None else ""),
             tuple(map(str, row.get(choices) or ())),
         )
 
 
-def _encoded(value: Any, root: Path) -> bytes | Path:
+def _without(source: str, column: str, names: list[str], key: str) -> UserError:
+    has = ", ".join(names)
+    return UserError(f"{source} has no column {column!r}, it has {has}: set data.{key}")
+
+
+def _encoded(value: Any, root: Path, what: str) -> bytes | Path:
     if value is None:
         return b""
     if isinstance(value, dict):  # as the hub stores images
         value = value["bytes"] or value["path"]
-    return value if isinstance(value, bytes) else root / str(value)
+    if not isinstance(value, bytes | str):
+        raise UserError(f"{what} has a {type(value).__name__} for an image: set data.image")
+    return value if isinstance(value, bytes) else root / value

@@ -51,6 +51,9 @@ class DataSpec(Frozen):
     calibration: str = ""
     selection: str = ""
     report: str = ""
+    files: str = Field(
+        "", description="of a folder or repository, those that are read: data/validation-*.parquet"
+    )
     column: str = Field("text", description="the column of a table that holds the text")
     image: str = Field("image", description="the column that holds images")
     label: str = Field("label", description="the column that holds the class of an image")
@@ -235,6 +238,18 @@ class Spec(Frozen):
     cluster: ClusterSpec = ClusterSpec()
     tracking: TrackingSpec = TrackingSpec()
     run: RunSpec = RunSpec()
+
+    @model_validator(mode="after")
+    def _of_its_modality(self) -> "Spec":
+        for key, given, modality in (
+            ("model.towers", self.model.towers, "multimodal"),
+            ("data.ask", self.data.ask, "multimodal"),
+        ):
+            if given and self.model.modality != modality:
+                raise ValueError(f"{key} is for model.modality={modality!r} only")
+        if self.model.tokenizer and self.model.modality == "vision":
+            raise ValueError("model.tokenizer: a vision model has none")
+        return self
 
     @model_validator(mode="after")
     def _searchable(self) -> "Spec":

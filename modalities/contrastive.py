@@ -134,8 +134,11 @@ class ContrastiveModality(MultimodalModality):
         return self.model(**inputs)
 
     def window_losses(self, batch: Batch) -> list[Tensor]:
-        """Cross-entropy of the right text among those of the batch, in nats."""
-        return list(self._scored(batch)[1])
+        """Raises UserError: one pair has nothing to be told from, so its loss has no gradient."""
+        raise UserError(
+            f"{type(self.model).__name__} has no loss of single pairs: choose a method and an "
+            "allocation that need no gradient"
+        )
 
     def measure(self, batch: Batch) -> Measured:
         """The same, and whether the right text is the nearest."""

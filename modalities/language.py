@@ -90,7 +90,7 @@ class LanguageModality(LoadedModality):
     ) -> list[Batch]:
         """The first windows of a split, in an order that never changes."""
         if data.cut == "whole":
-            texts = [whole_text(data.source_of(split), data.column)]
+            texts = [whole_text(data.source_of(split), data.column, data.files)]
             return self._batches(texts, windows, context, f"data.{split}", divisor, bos_once=True)
         texts = shuffled(documents(data, split), 0)
         return self._batches(texts, windows, context, f"data.{split}", divisor)

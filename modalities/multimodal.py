@@ -150,7 +150,7 @@ class MultimodalModality(LoadedModality):
         self, data: DataSpec, split: Split, windows: int, context: int, *, divisor: int = 1
     ) -> list[Batch]:
         """The first questions of a split, in an order that never changes."""
-        found = evaluated(data, split)[:windows]
+        found = evaluated(data, split)
         score = "exact" if all(e.question for e in found) else ""
         score = "accuracy" if all(e.choices for e in found) else score
         return self._batches(self._questions(data, split, 0, windows, score), score, divisor)
@@ -202,15 +202,17 @@ class MultimodalModality(LoadedModality):
     def window_losses(self, batch: Batch) -> list[Tensor]:
         """The same as tensors of one graph."""
         assert isinstance(batch, QuestionBatch)
+        if not all(question.spots for question in batch.questions):
+            raise UserError("data.calibration: a row has no answer, so no loss: set data.answer")
         rights = [(question.right,) for question in batch.questions]
         return [-sums[0] for sums, _ in self._likelihoods(batch, rights)]
 
     def measure(self, batch: Batch) -> Measured:
         """Losses, `accuracy` of choices by their log-likelihood, and `exact`.
 
-        `exact` is 1 where each token of the answer is the likeliest after those before it, which
-        is when greedy decoding begins with the answer, up to case, punctuation and articles. What
-        it would say after the answer is not looked at. The answer in words is made of these tokens.
+        `exact` is 1 where the likeliest tokens are the answer, up to case, punctuation and
+        articles; each is predicted after the right ones before it (teacher forcing). Where all are
+        right, greedy decoding begins with the answer; what it would say then is not looked at.
         """
         assert isinstance(batch, QuestionBatch)
         chosen = [
@@ -339,6 +341,7 @@ def _cost(question: Question) -> int:
 
 
 def _normalised(answer: str) -> str:
-    """Lower case, without punctuation, articles and space to spare."""
-    bare = answer.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(word for word in bare.split() if word not in ("a", "an", "the"))
+    """Lower case, without punctuation, articles and space to spare, as far as that leaves any."""
+    bare = answer.lower().translate(str.maketrans("", "", string.punctuation)).split()
+    words = [word for word in bare if word not in ("a", "an", "the")]
+    return " ".join(words or bare) or answer.strip()

@@ -118,12 +118,16 @@ class Prompts:
     ) -> Question:
         """Of an example called `name`; without answers its prompt alone.
 
-        Raises UserError where an answer is empty, the model needs an image and has none, or the
-        text is longer than its context.
+        Raises UserError where an answer is empty, the model needs an image and has none or one of
+        a shape that its processor refuses, or the text is longer than its context.
         """
         if image is None and self.needs_image:
             raise UserError(f"{name} has no image: {type(self.model).__name__} takes none without")
-        inputs = self._begin(question, image)
+        try:
+            inputs = self._begin(question, image)
+        except ValueError as error:
+            kind, reason = type(self.processor).__name__, str(error).partition("\n")[0]
+            raise UserError(f"{name}: {kind} refuses it: {reason}") from error
         start = inputs[self.text].shape[1]
         spaced = self._ends_open(int(inputs[self.text][0, -1]))
         ids = [self._answer(answer, spaced) for answer in answers]

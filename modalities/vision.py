@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infra.checkpoints import inspect_checkpoint
-from infra.errors import UserError, nearest
-from infra.images import Example, evaluated, examples, usable
+from infra.errors import UserError
+from infra.images import Example, evaluated, usable
 from infra.records import Split
 from infra.sources import fetch
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
@@ -40,6 +40,7 @@ from modalities.base import (
     resolve_dtype,
 )
 from modalities.blocks import Block, find_blocks
+from modalities.classes import class_numbers
 from modalities.converted import WEIGHTS, convert_once, licence_of, stated_licence
 
 _FORMAT = 1  # of a converted checkpoint; a change makes all of them anew
@@ -122,7 +123,8 @@ class VisionModality(LoadedModality):
     ) -> list[Batch]:
         """The first images of a split, in an order that never changes, with their classes."""
         pixels, found = self._images(data, split, 0, windows)
-        return self._batches(pixels, self._classes(found, data, split), divisor)
+        labels = class_numbers(found, data, split, self._names, self._outputs)
+        return self._batches(pixels, labels, divisor)
 
     def _images(
         self, data: DataSpec, split: Any, seed: int, count: int
@@ -154,49 +156,6 @@ class VisionModality(LoadedModality):
 
     def _rows(self) -> int:
         return max(1, _TOKENS_PER_BATCH[self.device.type] // self.positions)
-
-    def _classes(self, found: Sequence[Example], data: DataSpec, split: Split) -> list[int]:
-        """The output of the head that is right for each image."""
-        source, outputs = data.source_of(split), self._outputs
-        where = f"data.{split} ({source})"
-        for example in found:
-            if example.label is None:
-                raise UserError(
-                    f"{where}: {example.name} has no class: give a folder per class, or set "
-                    "data.label"
-                )
-        if any(isinstance(example.label, str) for example in found):
-            names = self._names_of(data, where)
-            places = {name: number for number, name in enumerate(names)}
-            for example in found:
-                if str(example.label) not in places:
-                    raise UserError(
-                        f"{where}: {example.name} is of class {str(example.label)!r}, which the "
-                        f"head does not know: {nearest(str(example.label), names[:1000])}"
-                    )
-            return [places[str(example.label)] for example in found]
-        labels = [int(example.label or 0) for example in found]
-        for example, label in zip(found, labels, strict=True):
-            if not 0 <= label < outputs:
-                raise UserError(
-                    f"{where}: {example.name} is of class {label}, the head has {outputs} "
-                    f"(0 to {outputs - 1}): the labels are of another data set"
-                )
-        return labels
-
-    def _names_of(self, data: DataSpec, where: str) -> list[str]:
-        """The head's names of its classes, else the spec's, or the data set's in their order."""
-        if self._names:
-            return self._names
-        splits: tuple[Split, ...] = ("selection", "report")
-        labels = {e.label for s in splits if data.source_of(s) for e in examples(data, s)}
-        names = list(data.classes) or sorted(str(label) for label in labels if label is not None)
-        if len(names) != self._outputs:
-            raise UserError(
-                f"{where} has {len(names)} classes, the head {self._outputs} and no names for "
-                "them: give data.classes, or use its own data set"
-            )
-        return names
 
     @property
     def _outputs(self) -> int:

@@ -58,10 +58,13 @@ def _read(task: Any, folder: Path, source: str, shots: int | None) -> None:
             f"{source}: the data of {name} has no {measured} split, only {', '.join(splits)}"
         )
     examples = task.fewshot_cfg.split or config.training_split or measured
-    if (config.num_fewshot if shots is None else shots) and examples not in splits:
+    # lm-eval keeps a row from being its own example only where it knows what is measured.
+    if (config.num_fewshot if shots is None else shots) and (
+        examples not in splits or examples == measured
+    ):
         raise UserError(
-            f"{source}: the data of {name} has no {examples} split to take examples from: "
-            f"leave {name} out, or write {name}@0"
+            f"{source}: the data of {name} has no {examples if examples != measured else 'other'} "
+            f"split to take examples from: leave {name} out, or write {name}@0"
         )
     config.test_split, config.validation_split = None, measured
     if config.training_split not in splits:

@@ -6,13 +6,14 @@ python -m pytest tests/infra/test_images.py
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 from PIL import Image
 
 from infra.errors import UserError
-from infra.images import evaluated, examples, examples_sha256, usable
+from infra.images import Example, evaluated, examples, examples_sha256, usable
 from infra.specs import DataSpec
 
 
@@ -158,3 +159,83 @@ def test_a_question_and_choices_of_its_own_stay(tmp_path: Path) -> None:
     source = str(tmp_path / "rows.parquet")
     data = DataSpec(source=source, choices="c", ask="What?", classes=("cat", "dog"))
     assert {(e.question, e.choices) for e in examples(data, "report")} == {("Why?", ("x",))}
+
+
+def write_table(path: Path, count: int = 30, **columns: list[Any]) -> DataSpec:
+    rows = columns if "image" in columns else {"image": [png(i) for i in range(count)], **columns}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(rows).to_parquet(path)
+    return DataSpec(source=str(path))
+
+
+def test_a_share_of_broken_images_holds_for_few_as_well(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "photos", 200)
+    data = DataSpec(calibration=str(folder), report="x", broken=0.01)
+    found = examples(data, "calibration")
+    assert isinstance(found[0].image, Path)
+    found[0].image.write_bytes(b"no image")
+    assert len(usable(found, 4, data, "data.calibration")) == 4
+    found[1].image.write_bytes(b"no image")  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="2 of 6 images cannot be read"):
+        usable(found, 4, data, "data.calibration")
+
+
+def test_a_path_that_leads_nowhere_and_a_bomb_are_broken_images(tmp_path: Path) -> None:
+    write_table(tmp_path / "rows.parquet", image=[f"{i}.png" for i in range(12)])
+    data = DataSpec(calibration=str(tmp_path / "rows.parquet"), report="x")
+    found = examples(data, "calibration")
+    with pytest.raises(UserError, match=r"12 of 12 images cannot be read, .*rows\.parquet\[0\]"):
+        usable(found, 2, data, "data.calibration")
+    bomb = b"P6 60000 60000 255\n" + b"0" * 100
+    with pytest.raises(UserError, match="decompression bomb"):
+        usable([Example(bomb, "bomb")], 1, data, "data.calibration")
+
+
+def test_rows_that_differ_in_choices_or_caption_are_all_there(tmp_path: Path) -> None:
+    rows = {"question": ["Which?"] * 30, "options": [[f"a{i}", "b"] for i in range(30)]}
+    path = tmp_path / "texts.parquet"
+    datasets.Dataset.from_dict(rows).to_parquet(path)
+    data = DataSpec(calibration=str(path), report="x", choices="options")
+    assert len(examples(data, "calibration")) == 30
+    captions = write_table(tmp_path / "c.parquet", image=[png(1)] * 4, answer=["a", "b", "a", "c"])
+    captions = DataSpec(calibration=captions.source, report="x")
+    assert [e.answer for e in examples(captions, "calibration")] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "columns, more, message",
+    [
+        ({"label": [[1]] * 30}, {}, r"has a list for a class: set data\.label"),
+        ({"image": [[png(i)] for i in range(30)]}, {}, r"has a list for an image: set data\.image"),
+        ({}, {"choices": "choicez"}, r"no column 'choicez', it has image: set data\.choices"),
+        ({}, {"question": "questin"}, r"no column 'questin', it has image: set data\.question"),
+        ({}, {"files": "data/*"}, None),
+    ],
+)
+def test_columns_that_do_not_fit(
+    tmp_path: Path, columns: dict[str, Any], more: dict[str, str], message: str | None
+) -> None:
+    data = write_table(tmp_path / "rows.parquet", **columns).model_copy(update=more)
+    if message is None:  # a file is read whatever the pattern of files in a folder
+        assert examples(data, "report")
+        return
+    with pytest.raises(UserError, match=message):
+        examples(data, "report")
+
+
+def test_one_split_of_a_repository_is_chosen(tmp_path: Path) -> None:
+    write_table(tmp_path / "set" / "data" / "train-00000-of-00001.parquet", label=["a"] * 30)
+    write_table(tmp_path / "set" / "data" / "validation-00000-of-00001.parquet", label=["b"] * 30)
+    data = DataSpec(source=str(tmp_path / "set"))
+    with pytest.raises(UserError, match=r"holds the splits train, validation: choose one"):
+        examples(data, "report")
+    chosen = data.model_copy(update={"files": "data/validation-*.parquet"})
+    assert {e.label for e in examples(chosen, "report")} == {"b"}
+    with pytest.raises(UserError, match=r"has no files 'data/test-\*', it has data/train-00000"):
+        examples(data.model_copy(update={"files": "data/test-*"}), "report")
+
+
+def test_what_holds_no_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"is no folder of images, no table .* not CIFAR-10's"):
+        examples(DataSpec(source=str(tmp_path / "photos.zip")), "report")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from infra.errors import UserError
+from infra.images import evaluated
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
 from modalities import load
 from modalities.vision import ImageBatch, VisionModality
@@ -146,6 +147,33 @@ def test_classes_by_number_by_name_and_by_folder(tmp_path: Path, cache: Path) ->
     seven = write_images(tmp_path / "seven")
     with pytest.raises(UserError, match="has 7 classes, the head 5 and no names for them"):
         modality.evaluation_batches(seven, "report", 4, 0)
+
+
+def test_without_names_the_order_is_the_data_sets_own(tmp_path: Path, cache: Path) -> None:
+    from datasets import ClassLabel, Dataset
+    from timm.models import save_for_hf
+
+    model = build_timm("vit", classes=3)
+    model.pretrained_cfg.pop("label_names")
+    save_for_hf(model, tmp_path / "model", safe_serialization=True)
+    modality = load_vision(tmp_path / "model")
+    rows = {"image": [png(i) for i in range(30)], "label": [i % 3 for i in range(30)]}
+    table = Dataset.from_dict(rows).cast_column(
+        "label", ClassLabel(names=["shirt", "ankle", "boot"])
+    )
+    table.to_parquet(tmp_path / "rows.parquet")
+    data = DataSpec(source=str(tmp_path / "rows.parquet"))
+    (batch,) = modality.evaluation_batches(data, "report", 6, 0)
+    places = {"shirt": 0, "ankle": 1, "boot": 2}
+    wanted = [places[str(example.label)] for example in evaluated(data, "report")[:6]]
+    assert list(batch.labels) == wanted  # type: ignore[attr-defined]
+    folders = write_images(tmp_path / "numbers", classes=("2", "10", "1"))
+    with pytest.raises(UserError, match=r"have two orders \(1, 10\.\.\.\): give data\.classes"):
+        modality.evaluation_batches(folders, "report", 6, 0)
+    named = folders.model_copy(update={"classes": ("1", "2", "10")})
+    (batch,) = modality.evaluation_batches(named, "report", 6, 0)
+    wanted = [("1", "2", "10").index(str(e.label)) for e in evaluated(named, "report")[:6]]
+    assert list(batch.labels) == wanted  # type: ignore[attr-defined]
 
 
 def test_classes_that_the_head_does_not_have(

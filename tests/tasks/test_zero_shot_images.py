@@ -43,6 +43,8 @@ def opened(family: str, folder: Path) -> Any:
 def own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "looks.yaml").write_text(TASK)
+    shown = TASK.replace("task: looks", "task: shown") + "fewshot_split: validation\nnum_fewshot: 1"
+    (tmp_path / "task" / "shown.yaml").write_text(shown)
     published = Path(lm_eval.tasks.__file__).parent
     places = [tmp_path / "task", published / "mmmu", published / "piqa"]
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=places)
@@ -83,6 +85,17 @@ def test_a_model_answers_about_images_what_it_says_by_itself(family: str, tmp_pa
     assert zero_shot.check_tasks(modality, **asked) == ["looks/exact_match"]
     scores = zero_shot.zero_shot(modality, **asked)
     assert scores == {"looks/exact_match": [1.0, 1.0, 0.0, 1.0]}
+
+
+@pytest.mark.usefixtures("own_task")
+def test_rows_that_are_measured_are_no_examples(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"image": pictures(3), "answer": ["a"] * 3})
+    rows.save_to_disk(tmp_path / "data" / "looks" / "none" / "validation")
+    asked = {"data": str(tmp_path / "data")}
+    modality = opened("llava", tmp_path / "model")
+    with pytest.raises(UserError, match="shown has no other split to take examples from: leave"):
+        zero_shot.check_tasks(modality, ["shown"], **asked)
+    assert zero_shot.check_tasks(modality, ["shown@0"], **asked) == ["shown@0/exact_match"]
 
 
 @pytest.mark.usefixtures("own_task")
