@@ -14,7 +14,7 @@ import torch
 
 from infra.errors import UserError
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
-from modalities.multimodal import MultimodalModality, QuestionBatch, _normalised
+from modalities.multimodal import MultimodalModality, QuestionBatch
 from modalities.prompts import Question, Spot, noise
 from tasks.sweep import Outcome, sweep
 from tests.vlm import FAMILIES, write_checkpoint
@@ -320,47 +320,3 @@ def test_rows_that_cannot_be_scored_are_refused(
     rows = write_rows(tmp_path, False, question=lambda i: f"{i}?", **answer)
     with pytest.raises(UserError, match=message):
         checkpoints("llava").evaluation_batches(rows, "report", 3, 16)
-
-
-def test_a_letter_is_an_answer_like_others() -> None:
-    pairs = {("A", "a."): True, ("A", "."): False, ("the cat", "Cat"): True, ("?", "!"): False}
-    assert {pair: _normalised(pair[0]) == _normalised(pair[1]) for pair in pairs} == pairs
-
-
-def test_what_is_scored_does_not_depend_on_how_many_are_measured(
-    checkpoints: Callable[..., Any], tmp_path: Path
-) -> None:
-    rows = write_rows(
-        tmp_path,
-        False,
-        question=lambda i: f"{i}?",
-        answer=lambda i: WORDS[i % 3],
-        choices=lambda i: WORDS if i % 5 else None,
-    )
-    model = checkpoints("llava")
-    for count in (1, 2, 8):
-        assert {b.score for b in model.evaluation_batches(rows, "report", count, 16)} == {"exact"}
-
-
-def test_gradients_need_an_answer_and_something_to_tell_it_from(
-    checkpoints: Callable[..., Any], data: Callable[[str], DataSpec], tmp_path: Path
-) -> None:
-    rows = write_rows(tmp_path, False, question=lambda i: f"{i}?", answer=lambda i: "")
-    llava = checkpoints("llava")
-    batch = llava.calibration_batches(rows, CalibrationSpec(samples=3))[0]
-    with pytest.raises(UserError, match=r"a row has no answer, so no loss: set data\.answer"):
-        llava.window_losses(batch)
-    clip = checkpoints("clip")
-    batch = clip.calibration_batches(data("clip"), CalibrationSpec(samples=3))[0]
-    with pytest.raises(UserError, match="has no loss of single pairs: choose a method and an"):
-        clip.window_losses(batch)
-
-
-def test_an_image_that_the_processor_refuses_is_named(
-    checkpoints: Callable[..., Any], tmp_path: Path
-) -> None:
-    PIL.Image.new("RGB", (900, 2)).save(tmp_path / "long.png")
-    (tmp_path / "r.jsonl").write_text(json.dumps({"image": "long.png", "answer": "a line"}))
-    rows = DataSpec(calibration=str(tmp_path / "r.jsonl"), report="x")
-    with pytest.raises(UserError, match=r"r\.jsonl\[0\]: .*Processor refuses it: .*aspect ratio"):
-        checkpoints("qwen2-vl").calibration_batches(rows, CalibrationSpec(samples=1))
