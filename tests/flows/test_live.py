@@ -80,6 +80,14 @@ def test_time_left_follows_token_passes_and_counts_down() -> None:
     assert board.time_left() == pytest.approx(30)
 
 
+def test_time_left_says_that_it_knows_nothing_of_tasks() -> None:
+    clock = [0.0]
+    board, screen = make_board(clock, evaluation={"tasks": ["boolq"]})
+    clock[0] = 20.0
+    board.event(trial(0, 0.0, 4.5))
+    assert "about 3 min 00 s left, without lm-eval's tasks" in shown(board, screen)
+
+
 def test_work_of_an_earlier_driver_counts_as_done_but_not_as_speed() -> None:
     clock = [0.0]
     board, screen = make_board(clock)
