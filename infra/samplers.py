@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from infra.errors import UserError, nearest
 from infra.records import TrialResult
@@ -326,7 +326,8 @@ class StudyMirror:
         patience = "timeout" if self.url.startswith("sqlite") else "connect_timeout"
         options = {"connect_args": {patience: 2}}
         storage = optuna.storages.RDBStorage(self.url, engine_kwargs=options)
-        better = "minimize" if self._objective == "loss" else "maximize"
+        loss = self._objective == "loss"
+        better: Literal["minimize", "maximize"] = "minimize" if loss else "maximize"
         for name in (f"{self._name}/rung{rung}", f"{self._name}-{self._run_id[:8]}/rung{rung}"):
             # A shared storage may hold another run of the same name.
             study = optuna.create_study(

@@ -3,7 +3,6 @@
 python -m pytest tests/flows/test_comparison.py
 """
 
-import shutil
 import subprocess
 from pathlib import Path
 
