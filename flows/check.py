@@ -85,8 +85,10 @@ def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
         "refused": refused,
         "token_passes": passes,
         "seconds": seconds,
+        "not_in_seconds": spec.evaluation.tasks,
         "memory_bytes": memory,
         "cluster": where,
+        "run": spec.run.dir,
     }
     if as_json:
         print(json.dumps(answer))
@@ -173,11 +175,21 @@ def _print(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> None:
             table.add_row("" if position else label, matrix, params)
         table.add_section()
     console.print(table)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, value in _facts(spec, model, answer).items():
+        facts.add_row(name, value)
+    console.print(facts)
+
+
+def _facts(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> dict[str, str]:
+    """The lines below the table of blocks."""
     prunable = sum(model.block_params())
     rungs = ", ".join(f"{r['samples']} + {r['windows']}" for r in answer["rungs"])
-    cluster = answer["cluster"]
+    cluster, tasks = answer["cluster"], ", ".join(answer["not_in_seconds"])
     hosts = ", ".join(node["host"] for node in cluster["nodes"])
-    lines = {
+    return {
         "prunable": f"{prunable:,} of {model.total_params:,} parameters"
         + (f"; never pruned, in no product: {', '.join(model.unseen)}" if model.unseen else ""),
         **answer["sources"],
@@ -186,17 +198,13 @@ def _print(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> None:
         **{name: _inside(*bounds) for name, bounds in answer["numbers"].items()},
         "rungs": f"{rungs} (calibration + selection windows)",
         "time": f"about {duration(answer['seconds'])} for {answer['token_passes']:,} token passes",
+        **({"lm-eval": f"{tasks}: not in this time"} if tasks else {}),
         "memory": f"about {answer['memory_bytes'] / 2**20:,.0f} MiB per trial beside the mapped "
         "weights",
         "runs on": f"{hosts}: {cluster['parallel']} at once, each trial with "
         f"{cluster['cpus_per_trial']:g} CPUs and {cluster['gpus_per_trial']:g} GPUs",
+        "run directory": answer["run"],
     }
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, value in lines.items():
-        facts.add_row(name, value)
-    console.print(facts)
 
 
 def _what(spec: Spec, answer: dict[str, Any]) -> dict[str, str]:

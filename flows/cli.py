@@ -86,6 +86,9 @@ def _search(options: argparse.Namespace) -> None:
 
     suffix = "" if options.name == "search" else f"-{options.name}"  # each keeps its own run
     spec = load_spec(options.spec, options.overrides, run_suffix=suffix)
+    if spec.compare.varies:
+        lists = f"{options.name} ignores the lists of [compare]"
+        print(f"sparseramp: {lists}: sparseramp compare {options.spec} runs them", file=sys.stderr)
     from flows import search
 
     run = search.prune if options.name == "prune" else search.search

@@ -23,7 +23,7 @@ from flows.report import page
 from infra.records import TrialResult
 from infra.store import RunStore, write_atomic
 from tasks.allocation import NOT_REPRODUCED
-from tasks.model_card import settings
+from tasks.model_card import calibrated_on, settings
 from tasks.statistics import label, mean_loss, plus_minus
 
 Comparison = dict[str, Any]
@@ -49,6 +49,7 @@ def write_comparison(folder: Path) -> Comparison:
         "provenance": store.provenance,
         "version": store.provenance.get("sparseramp", "checkout"),
     }
+    windows = next((row["windows"] for row in rows if "windows" in row), "windows")
     data = json.dumps(comparison, indent=1, allow_nan=False)
     write_atomic(store.path("compare.json"), data.encode())
     html = page(
@@ -56,7 +57,8 @@ def write_comparison(folder: Path) -> Comparison:
         comparison=comparison,
         columns=columns,
         table=table,
-        windows=next((row["windows"] for row in rows if "windows" in row), "windows"),
+        windows=windows,
+        calibrated=calibrated_on(comparison["spec"], windows),
         plots=plots,
         figures={name: figure for name, (_, figure) in plots.items()},
         settings=settings(comparison["spec"]),

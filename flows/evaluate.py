@@ -1,4 +1,4 @@
-"""Measuring a saved checkpoint again, on the text it was reported on or on any other.
+"""Measuring a saved checkpoint again, on what it was reported on or on anything else.
 
 sparseramp evaluate runs/quickstart/best data.report=other.txt evaluation.report_windows=64
 sparseramp evaluate runs/quickstart/best evaluation.tasks='["boolq"]' evaluation.task_rows=200
@@ -11,21 +11,25 @@ import math
 from pathlib import Path
 from typing import Any
 
+from flows.measures import WINDOWS, metrics_of
 from infra.errors import UserError
 from infra.records import TrialSpec
 from infra.spec_files import apply_overrides, parse_spec
 from infra.specs import Spec
 from tasks.checkpoint import SPARSITY_FILE
-from tasks.statistics import Estimate, bits_per_byte, percentage, perplexity, plus_minus
+from tasks.statistics import plus_minus
 from tasks.zero_shot import SEVEN
+
+Metrics = dict[str, dict[str, Any]]
 
 
 def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -> dict[str, Any]:
-    """Perplexity, bits per byte and tasks of a checkpoint on its report split, also printed.
+    """Every metric of a checkpoint on its report split, and its tasks; also printed.
 
-    A checkpoint that this project did not save needs `data.source=...`.
+    A checkpoint that this project did not save needs `data.source=...`, and `model.modality=...`
+    where it is no language model.
     """
-    from tasks.trial import run_trial
+    from tasks.trial import loaded, run_trial
 
     spec = _spec(checkpoint, overrides)
     trial = TrialSpec(
@@ -44,47 +48,59 @@ def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -
     )
     try:
         result = run_trial(trial)
+        unit = loaded(spec.model).record(spec.model.source).unit
     except RuntimeError as error:
         from infra.cluster.worker import describe_error  # with Ray, which takes a second
 
         raise UserError(f"{checkpoint} cannot be measured: {describe_error(error)}") from error
-    metrics = {
-        "perplexity": perplexity([result.losses], result.tokens),
-        "bits_per_byte": bits_per_byte([result.losses], result.tokens, result.bytes),
-    }
-    scores = _task_scores(result.scores, spec.evaluation.tasks)
+    metrics = _with_average(metrics_of([result], unit), spec.evaluation.tasks)
     split = "validation" if spec.evaluation.task_data else ""  # lm-eval's own, where it is empty
     answer = {
         "checkpoint": str(checkpoint),
-        "context": spec.evaluation.context,
-        "metrics": {name: vars(estimate) for name, estimate in (metrics | scores).items()},
+        "modality": spec.model.modality,
+        "windows": WINDOWS[unit],
+        "context": spec.evaluation.context if unit == "token" else 0,
+        "metrics": metrics,
         "task_split": split,
     }
     if as_json:
-        print(json.dumps(answer))
-        return answer
-    print(f"{checkpoint} on {spec.data.source_of('report')}")
-    for name, estimate in metrics.items():
-        value = plus_minus(estimate.mean, estimate.stderr)
-        print(f"  {name:<14} {value}  (n = {estimate.n} windows of {answer['context']} tokens)")
-    if scores:
-        print(f"lm-eval{', ' + split if split else ''}")
-    for name, estimate in scores.items():
-        print(
-            f"  {name:<24} {plus_minus(estimate.mean, estimate.stderr)} %  (n = {estimate.n} rows)"
-        )
+        print(json.dumps(answer, allow_nan=False))
+    else:
+        print(f"{checkpoint} on {spec.data.source_of('report')}")
+        _print(answer)
     return answer
 
 
-def _task_scores(scores: dict[str, list[float]], tasks: list[str]) -> dict[str, Estimate]:
-    """Every metric of every task; the average of `acc` where the tasks are the published seven."""
-    found = {name: percentage(values) for name, values in scores.items()}
-    if sorted(tasks) == sorted(SEVEN):
-        parts = [found[f"{task}/acc"] for task in tasks]
-        mean = sum(part.mean or 0.0 for part in parts) / len(parts)
-        stderr = math.hypot(*(part.stderr or 0.0 for part in parts)) / len(parts)
-        found["average of 7/acc"] = Estimate(mean, stderr, sum(part.n for part in parts), "%")
-    return found
+def _print(answer: dict[str, Any]) -> None:
+    """What the checkpoint's own windows gave, then what lm-eval's tasks did."""
+    metrics: Metrics = answer["metrics"]
+    own = {name: metric for name, metric in metrics.items() if "/" not in name}
+    windows = answer["windows"] + (f" of {answer['context']} tokens" if answer["context"] else "")
+    for name, metric in own.items():
+        print(f"  {name:<14} {_value(metric)}  (n = {metric['n']} {windows})")
+    if len(own) < len(metrics):
+        print(", ".join(filter(None, ["lm-eval", answer["task_split"]])))
+    for name, metric in metrics.items():
+        if name not in own:
+            print(f"  {name:<24} {_value(metric)}  (n = {metric['n']} rows)")
+
+
+def _value(metric: dict[str, Any]) -> str:
+    unit = "" if metric["unit"].startswith("perplexity") else f" {metric['unit']}"
+    return plus_minus(metric["mean"], metric["stderr"]) + unit
+
+
+def _with_average(metrics: Metrics, tasks: list[str]) -> Metrics:
+    """The average of `acc` as well, where the tasks are the published seven."""
+    if sorted(tasks) != sorted(SEVEN):
+        return metrics
+    parts = [metrics[f"{task}/acc"] for task in tasks]
+    average = {
+        "mean": sum(part["mean"] for part in parts) / len(parts),
+        "stderr": math.hypot(*(part["stderr"] for part in parts)) / len(parts),
+        "n": sum(part["n"] for part in parts),
+    }
+    return metrics | {"average of 7/acc": parts[0] | average}
 
 
 def _spec(checkpoint: Path, overrides: list[str]) -> Spec:
@@ -115,7 +131,8 @@ def _saved(facts: Path) -> dict[str, Any]:
     try:
         saved = json.loads(facts.read_text(encoding="utf-8"))
         sections = {name: dict(saved[name]) for name in ("data", "evaluation")}
-        return sections | {"model": {"dtype": saved["dtype"]}}
+        model = {"dtype": saved["dtype"], "modality": saved.get("modality", "language")}
+        return sections | {"model": model | {"towers": saved.get("towers", [])}}
     except OSError as error:
         raise UserError(f"{facts} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -19,8 +19,7 @@ RUNG_COLOURS = ["#4f93dd", "#e2872f", "#b06ad0", "#d9567a"]
 def figures(report: dict[str, Any]) -> dict[str, Figure]:
     """Plotly figures by the id of the element that shows them; the page adds its own colours."""
     sides = ["uniform"] if report["best"]["uniform"] else ["uniform", "best"]
-    scored = report["headline"] in report["trials"][0]["scores"]
-    metric = report["headline"] if scored else "loss"
+    metric = report["spec"]["search"]["objective"]
     model = report["model"]
     rates = [
         _line(side, model, report[side]["block_rates"], "%{y:.2%} zeros in %{text}")
@@ -126,8 +125,8 @@ def _line(side: str, model: dict[str, Any], values: Sequence[float | None], hove
 
 
 def _search_traces(report: dict[str, Any], metric: str) -> list[Figure]:
-    """Loss or a score against the first number searched, one series per rung; bars are of the
-    loss's paired difference from uniform."""
+    """What is searched against the first number, one series per rung; bars are of its paired
+    difference from uniform."""
     rows = [
         {
             **row,
@@ -145,17 +144,14 @@ def _search_traces(report: dict[str, Any], metric: str) -> list[Figure]:
             {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "name": f"rung {rung}, {series[0]['n']} {report['windows']}",
+                "name": f"rung {rung}, {series[0]['n_objective']} {report['gain']['of']}",
                 "x": [row["x"] for row in series],
                 "y": [row["y"] for row in series],
-                "text": [_hover(row) for row in series],
+                "text": [_hover(row, metric) for row in series],
                 "hovertemplate": "%{text}<extra></extra>",
                 "error_y": {
                     "type": "data",
-                    "array": [
-                        row["gain"]["stderr"] if row["gain"] and metric == "loss" else 0
-                        for row in series
-                    ],
+                    "array": [row["gain"]["stderr"] if row["gain"] else 0 for row in series],
                     "thickness": 1.2,
                     "width": 3,
                 },
@@ -184,10 +180,11 @@ def _search_traces(report: dict[str, Any], metric: str) -> list[Figure]:
     return traces
 
 
-def _hover(row: dict[str, Any]) -> str:
+def _hover(row: dict[str, Any], metric: str) -> str:
     text = f"trial {row['number']}: {row['label']}, tilt {row['tilt']:.2f}<br>"
     text += f"loss {plus_minus(row['loss'], row['stderr'])}"
     text += "".join(f"<br>{name} {score:.2f} %" for name, score in row["scores"].items())
     if row["gain"] and not row["uniform"]:
-        text += f"<br>below uniform by {plus_minus(**row['gain'])}"
+        text += "<br>below uniform by " if metric == "loss" else "<br>above uniform, points: "
+        text += plus_minus(**row["gain"])
     return text

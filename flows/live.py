@@ -64,6 +64,7 @@ def trial_event(result: TrialResult) -> Event:
         "state": result.state,
         "cause": result.cause,
         "loss": result.loss if complete else None,
+        "scores": {name: sum(each) / len(each) for name, each in result.scores.items()},
         "seconds": result.cost.total_s,
         "token_passes": result.cost.token_passes,
         "host": result.host,
@@ -132,7 +133,7 @@ class Board:
         if event["state"] == "failed":
             self.console.print(Text(f"{line}failed: {event['cause']}", style="red"))
             return
-        self.console.print(Text(f"{line}loss {event['loss']:.4f}  {duration(event['seconds'])}"))
+        self.console.print(Text(f"{line}{self._value(event)}  {duration(event['seconds'])}"))
 
     def time_left(self) -> float | None:
         """Seconds that the planned token passes still take at this session's rate."""
@@ -143,21 +144,31 @@ class Board:
         return max(planned * pace - (self.clock() - self.measured), 0.0)
 
     def best(self) -> str:
-        """The lowest loss on the highest rung, beside uniform's there."""
+        """The best of what is searched on the highest rung, beside uniform's there."""
         if not self.found:
             return "none yet"
         rung = max(self.found)
-        best = min(self.found[rung].values(), key=lambda event: event["loss"])
-        text = f"{best['label']} (tilt {best['tilt']:.2f}), loss {best['loss']:.4f}"
+        name = self.spec.search.objective
+        sign = 1 if name == "loss" else -1
+        best = min(
+            self.found[rung].values(), key=lambda e: (sign * _measured(e, name), e["number"])
+        )
+        text = f"{best['label']} (tilt {best['tilt']:.2f}), {self._value(best)}"
         uniform = self.found[rung].get("beta 0")
         if uniform is not None and uniform is not best:
-            text += f", uniform {uniform['loss']:.4f}"
-        split = "report text: paper protocol" if self.paper else "selection text"
+            text += f", uniform {self._value(uniform).removeprefix(f'{name} ')}"
+        split = "report split: paper protocol" if self.paper else "selection split"
         return f"{text}; rung {rung}, {split}"
+
+    def _value(self, event: Event) -> str:
+        """What is searched, of a trial: `loss 4.5000` or `top1 74.10 %`."""
+        name = self.spec.search.objective
+        value = _measured(event, name)
+        return f"loss {value:.4f}" if name == "loss" else f"{name} {100 * value:.2f} %"
 
     @property
     def paper(self) -> bool:
-        """Whether losses are of the text that is also reported on."""
+        """Whether what is searched is measured on the split that is also reported on."""
         return self.spec.search.protocol == "paper"
 
     def render(self) -> Table:
@@ -178,6 +189,8 @@ class Board:
         times = duration(self.clock() - self.start)
         if self.stage not in ("finished", "stopped"):
             times += ", time left not known yet" if left is None else f", about {_rough(left)} left"
+            if left is not None and self.spec.evaluation.tasks:  # they are no token passes
+                times += ", without lm-eval's tasks"
         sparsity = f"{100 * self.spec.prune.sparsity:g} % sparsity"
         grid.add_row("model", Text(f"{self.spec.model.source}, {sparsity}"))
         grid.add_row("stage", Text(self.stage, style="bold"))
@@ -185,6 +198,10 @@ class Board:
         grid.add_row("best", self.best())
         grid.add_row("time", times)
         return grid
+
+
+def _measured(event: Event, name: str) -> float:
+    return float(event["loss"] if name == "loss" else event["scores"][name])
 
 
 def _rough(seconds: float) -> str:
@@ -202,7 +219,7 @@ def _stage(event: Event) -> str:
         case "climb":
             return f"climbing to rung {event.get('rung', '?')}"
         case "final":
-            return "final comparison on the report text"
+            return "final comparison on the report split"
         case "checkpoint":
             return "making the checkpoint again"
         case "report":

@@ -68,10 +68,23 @@ def gains_of(
             gain = _points(uniform, best, name)
             scores[name] = {"mean": gain.mean, "stderr": gain.stderr, "n": gain.n_windows}
             scores[name] |= {"low": gain.low, "high": gain.high, "unit": "points"}
-    if objective == "loss":
-        rows = ([r.losses for r in uniform], [r.losses for r in best])
-        return paired_difference(*rows, uniform[0].tokens), f"nats/{unit}", scores
-    return _points(uniform, best, objective), f"points of {objective}", scores
+    in_what = f"nats/{unit}" if objective == "loss" else f"points of {objective}"
+    return gain_in(objective, uniform, best), in_what, scores
+
+
+def gain_in(
+    objective: str, uniform: Sequence[TrialResult], best: Sequence[TrialResult]
+) -> Difference:
+    """The paired difference in nats, or in points of a score; positive is better."""
+    if objective != "loss":
+        return _points(uniform, best, objective)
+    rows = ([r.losses for r in uniform], [r.losses for r in best])
+    return paired_difference(*rows, uniform[0].tokens)
+
+
+def sampled(objective: str, unit: str) -> str:
+    """What a mean of the objective is taken over: a task of lm-eval has rows."""
+    return "rows" if "/" in objective else WINDOWS[unit]
 
 
 def _points(uniform: Sequence[TrialResult], best: Sequence[TrialResult], name: str) -> Difference:

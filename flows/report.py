@@ -21,11 +21,13 @@ from flows.live import duration
 from flows.measures import (
     WINDOWS,
     dense_metrics_of,
+    gain_in,
     gains_of,
     headline,
     in_words,
     metrics_of,
     perplexity_ratio,
+    sampled,
 )
 from flows.pictures import pictures
 from infra.errors import UserError
@@ -33,12 +35,11 @@ from infra.records import ModelRecord, TrialResult
 from infra.specs import Spec
 from infra.store import RunStore, write_atomic
 from tasks.allocation import bounds_of
-from tasks.model_card import settings, short
+from tasks.model_card import calibrated_on, settings, short
 from tasks.statistics import (
     Difference,
     label,
     mean_loss,
-    paired_difference,
     plus_minus,
     three_digits,
 )
@@ -102,6 +103,7 @@ def build_report(
             "mean": gain.mean,
             "stderr": gain.stderr,
             "n": gain.n_windows,
+            "of": sampled(objective, model.unit),
             "unit": unit,
             "low": gain.low,
             "high": gain.high,
@@ -114,7 +116,7 @@ def build_report(
             "verdict": "gain" if gain.low > 0 else "no gain",
         },
         "pictures": [],
-        "trials": _trials(results, done),
+        "trials": _trials(results, done, objective),
         **_errors(uniform, best, gain, model),
         "spec": spec.model_dump(mode="json"),
         "model": {
@@ -202,8 +204,10 @@ def _errors(
     }
 
 
-def _trials(results: Sequence[TrialResult], done: Sequence[TrialResult]) -> list[dict[str, Any]]:
-    """One row per trial; `gain` is the paired difference from uniform under equal conditions."""
+def _trials(
+    results: Sequence[TrialResult], done: Sequence[TrialResult], objective: str
+) -> list[dict[str, Any]]:
+    """One row per trial; `gain` is that in the objective over uniform under equal conditions."""
     uniform = {_conditions(result): result for result in done if _is_uniform(result)}
     rows = []
     for result in sorted(results, key=lambda result: result.spec.number):
@@ -211,8 +215,8 @@ def _trials(results: Sequence[TrialResult], done: Sequence[TrialResult]) -> list
         if len(result.losses) > 1:
             loss = mean_loss(result.losses, result.tokens)
             same = uniform.get(_conditions(result))
-            if same and len(same.losses) == len(result.losses):
-                gain = paired_difference(same.losses, result.losses, result.tokens)
+            if same and len(same.objective(objective)) == len(result.objective(objective)):
+                gain = gain_in(objective, [same], [result])
         rows.append(
             {
                 **result.spec.model_dump(include={"number", "stage", "rung", "split"}),
@@ -226,6 +230,7 @@ def _trials(results: Sequence[TrialResult], done: Sequence[TrialResult]) -> list
                 "scores": {n: 100 * sum(s) / len(s) for n, s in result.scores.items()},
                 "stderr": loss and loss.stderr,
                 "n": len(result.losses),
+                "n_objective": len(result.scores.get(objective, result.losses)),
                 "gain": gain and {"mean": gain.mean, "stderr": gain.stderr},
                 **result.model_dump(include={"state", "cause", "attempts", "device"}),
                 "seconds": result.cost.total_s,
@@ -258,7 +263,7 @@ def _conclusion(report: Report) -> str:
         beta = f"beta = {best['beta']:.3g}"
     if best["tilt"]:
         beta += f" (tilt {best['tilt']:.2f})"
-    over = f"{gain['n']} {report['windows']} and {_count(gain['n_seeds'], 'calibration seed')}"
+    over = f"{gain['n']} {gain['of']} and {_count(gain['n_seeds'], 'calibration seed')}"
     interval = f"95 % interval {gain['low']:.3f} to {gain['high']:.3f}, {over}"
     if best["uniform"]:
         why = "no candidate beat equal rates" if report["command"] == "search" else best["label"]
@@ -281,7 +286,8 @@ def _conclusion(report: Report) -> str:
     if gain["n_seeds"] == 1 and not best["uniform"]:
         text += " With one calibration seed, the interval says nothing about other seeds."
     if report["protocol"] == "paper":
-        text += " Paper protocol: beta was selected on the text it is reported on."
+        what = "text" if report["windows"] == "windows" else report["windows"]
+        text += f" Paper protocol: beta was selected on the {what} it is reported on."
     return text
 
 
@@ -296,6 +302,7 @@ def render(report: Report) -> str:
         report=report,
         figures=figures(report),
         settings=settings(report["spec"]),
+        calibrated=calibrated_on(report["spec"], report["windows"]),
         colours=COLOURS,
         part=relative_part,
     )

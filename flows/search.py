@@ -216,7 +216,8 @@ class Run:
         check_rates(self.spec.prune, model.matrices)  # an infeasible beta is refused here
         bounds = bounds_of(self.spec.prune, model.matrices)
         storage = self.spec.search.storage
-        self._studies = StudyMirror(self.store.dir, self.store.id, storage, bounds)
+        objective = self.spec.search.objective
+        self._studies = StudyMirror(self.store.dir, self.store.id, storage, bounds, objective)
         self._studies.rebuild(self.results.values())
         # The dtype that `auto` meant on the first worker holds for all of them.
         model_spec = self.spec.model.model_copy(update={"dtype": model.dtype})

@@ -195,7 +195,9 @@ class TrialResult(Frozen):
         values = self.objective(name)
         return sum(values) / len(values)
 
-    @property
-    def perplexity(self) -> float | None:
-        """exp of the loss; None where that is too large for a number."""
-        return finite_exp(self.loss)
+    def metrics(self) -> dict[str, float]:
+        """The loss, the mean of each score, and of text the perplexity, unless it is too large."""
+        found = {"loss": self.loss}
+        if any(self.bytes) and (perplexity := finite_exp(self.loss)) is not None:
+            found["perplexity"] = perplexity
+        return found | {name: sum(each) / len(each) for name, each in self.scores.items()}

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from infra.errors import UserError, nearest
 from infra.records import TrialResult
@@ -246,18 +246,20 @@ def _frozen(
 class StudyMirror:
     """Finished search trials as Optuna studies, one per rung: `<run name>/rung<k>`.
 
-    Files are the truth. A trial goes in by one transaction and carries its `number`, so that none
-    is told twice or stays RUNNING for ever. A thread of its own does the work, because a storage
-    that is locked or gone would hold up the search; `problem` then says why, what was not told is
-    tried again once a minute and at `close`, and `rebuild` at the next start tells the rest.
+    A loss is minimised, a score maximised. Files are the truth: a trial goes in by one transaction
+    and carries its `number`, so that none is told twice or stays RUNNING for ever. A thread of its
+    own does the work, because a storage that is locked or gone would hold up the search; `problem`
+    then says why, what was not told is tried again once a minute and at `close`, and `rebuild` at
+    the next start tells the rest.
     """
 
-    def __init__(self, run_dir: Path, run_id: str, storage: str, bounds: Bounds) -> None:
+    def __init__(
+        self, run_dir: Path, run_id: str, storage: str, bounds: Bounds, objective: str = "loss"
+    ) -> None:
         self.url = storage or f"sqlite:///{run_dir.resolve() / 'optuna.db'}"
         self.problem = ""
         self._name = run_dir.resolve().name
-        self._run_id = run_id
-        self._bounds = bounds
+        self._run_id, self._bounds, self._objective = run_id, bounds, objective
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="optuna")
         # what follows belongs to the thread
         self._waiting: list[TrialResult] = []
@@ -311,11 +313,10 @@ class StudyMirror:
         if result.spec.number in known:
             return
         attrs = {"number": result.spec.number, "tilt": result.tilt}
-        loss = result.loss if result.state == "complete" else None
-        if loss is not None and (perplexity := result.perplexity) is not None:
-            attrs["perplexity"] = perplexity
+        metrics = result.metrics() if result.state == "complete" else {}
         numbers = {name: result.numbers.get(name, 0.0) for name in self._bounds}
-        study.add_trial(_frozen(numbers, loss, self._bounds, attrs))
+        value = metrics.get(self._objective)
+        study.add_trial(_frozen(numbers, value, self._bounds, attrs | metrics))
         known.add(result.spec.number)
 
     def _open(self, rung: int) -> tuple[optuna.Study, set[int]]:
@@ -323,13 +324,14 @@ class StudyMirror:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         patience = "timeout" if self.url.startswith("sqlite") else "connect_timeout"
-        storage = optuna.storages.RDBStorage(
-            self.url, engine_kwargs={"connect_args": {patience: 2}}
-        )
-        for name in (self._name, f"{self._name}-{self._run_id[:8]}"):
+        options = {"connect_args": {patience: 2}}
+        storage = optuna.storages.RDBStorage(self.url, engine_kwargs=options)
+        loss = self._objective == "loss"
+        better: Literal["minimize", "maximize"] = "minimize" if loss else "maximize"
+        for name in (f"{self._name}/rung{rung}", f"{self._name}-{self._run_id[:8]}/rung{rung}"):
             # A shared storage may hold another run of the same name.
             study = optuna.create_study(
-                storage=storage, study_name=f"{name}/rung{rung}", load_if_exists=True
+                storage=storage, study_name=name, direction=better, load_if_exists=True
             )
             if study.user_attrs.get("run", self._run_id) == self._run_id:
                 break

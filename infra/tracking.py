@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -38,6 +39,7 @@ POLL_S = 1.0
 SLOWEST_POLL_S = 30.0  # while the server does not answer
 GIVE_UP_S = 60.0  # after the driver has gone and the server does not answer
 TAG_RUN, TAG_TRIAL, TAG_REPORT = "sparseramp.run", "sparseramp.trial", "sparseramp.report"
+_NO_KEY = r"[^\w.\-: /]"  # what MLflow takes in no name, such as the @ of mmlu@5/acc
 PARENT = "search"  # TAG_TRIAL of the parent run
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
@@ -197,7 +199,7 @@ class _Mirror:
             "block_error": [error.relative for error in result.errors],
         }
         if result.state == "complete":
-            metrics |= {"loss": result.loss, "perplexity": result.perplexity}
+            metrics |= result.metrics()
         self._log(run, end, _flat(spec.model_dump(exclude={"profile"})), metrics)
         # Last, because a run that has ended counts as pushed.
         status = "FINISHED" if result.state == "complete" else "FAILED"
@@ -235,7 +237,7 @@ class _Mirror:
         from mlflow.entities import Metric, Param
 
         points = [
-            Metric(key, value, time_ms, step)
+            Metric(re.sub(_NO_KEY, "_", key), value, time_ms, step)
             for key, values in metrics.items()
             for step, value in enumerate(values if isinstance(values, list) else [values])
             if isinstance(value, int | float) and math.isfinite(value)

@@ -54,6 +54,8 @@ def save_checkpoint(
         facts = {
             "version": 1,
             "model": spec.model.source,
+            "modality": spec.model.modality,
+            "towers": spec.model.towers,
             "dtype": spec.model.dtype,
             "dense_sha256": modality.weights.sha256,
             "method": spec.prune.method,

@@ -43,7 +43,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     name = f"{short(source)}, {100 * best['sparsity']:.4g} % sparse"
     texts = {use: spec["data"][use] or spec["data"]["source"] for use in ("calibration", "report")}
     paper = report["protocol"] == "paper"
-    warning = "; **paper protocol: beta was selected on this text**" if paper else ""
+    warning = "; **paper protocol: beta was selected on this split**" if paper else ""
     return f"""---
 {_front_matter(report, name, texts)}
 ---
@@ -64,7 +64,7 @@ of {_public(texts["report"])}, calibrated
 - **Base model**: {_public(source)} ({model["architecture"]}, {model["dtype"]}; sha256 of the
   weights `{model["sha256"]}`).
 - **Licence**: {model["licence"] or "not stated by the base model; its terms apply"}.
-- **Method**: {prune["method"]}, calibrated on {_calibration(report)} of
+- **Method**: {prune["method"]}, calibrated on {calibrated_on(spec, report["windows"])} of
   {_public(texts["calibration"])}.
 - **Sparsity**: {best["sparsity"]:.6f} of the weights in blocks are zero. Embeddings, norms and
   heads are dense.
@@ -153,11 +153,12 @@ def _windows(report: Mapping[str, Any]) -> str:
     return f"windows of {length} tokens" if text else str(report["windows"])
 
 
-def _calibration(report: Mapping[str, Any]) -> str:
-    calibration = report["spec"]["calibration"]
-    if report["windows"] == "windows":
+def calibrated_on(spec: Mapping[str, Any], windows: str) -> str:
+    """32 x 512 tokens, 32 images or 32 questions; `windows` says which."""
+    calibration = spec["calibration"]
+    if windows == "windows":
         return f"{calibration['samples']} x {calibration['length']} tokens"
-    return f"{calibration['samples']} {report['windows']}"
+    return f"{calibration['samples']} {windows}"
 
 
 def _hub_id(source: str) -> str | None:

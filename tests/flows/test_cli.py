@@ -200,3 +200,9 @@ def test_a_checkpoint_is_measured(spec: Path, cache: Path) -> None:
     assert answer["metrics"]["perplexity"]["mean"] > 1
     assert answer["metrics"]["perplexity"]["n"] == 4
     assert answer["metrics"]["bits_per_byte"]["unit"] == "bits/byte"
+
+
+def test_lists_that_are_not_compared_are_told(spec: Path, cache: Path) -> None:
+    done = run("prune", spec, 'compare.methods=["wanda"]', cache=cache)  # no beta: ends at once
+    first, _ = done.stderr.splitlines()
+    assert first.startswith("sparseramp: prune ignores the lists of [compare]: sparseramp compare")

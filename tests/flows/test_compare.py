@@ -48,6 +48,7 @@ def test_a_comparison_end_to_end(tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stderr
     plan = json.loads(checked.stdout)
     assert plan["cells"] == 16
+    assert (plan["run"], plan["not_in_seconds"]) == (str(tmp_path / "run"), [])
     assert [name.split("_")[2] for name in plan["refused"]] == ["broken", "als"] * 4
     done = run("compare", spec, *SMALL, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr

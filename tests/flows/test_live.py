@@ -16,8 +16,8 @@ from infra.spec_files import parse_spec
 from infra.specs import Spec
 
 
-def make_spec(protocol: str = "ladder") -> Spec:
-    raw = {"model": {"source": "org/tiny"}, "data": {"source": "texts"}}
+def make_spec(protocol: str = "ladder", **sections: Any) -> Spec:
+    raw = {"model": {"source": "org/tiny"}, "data": {"source": "texts"}, **sections}
     if protocol == "paper":
         raw |= {"search": {"protocol": "paper", "sampler": "grid"}, "prune": {"pause": "block"}}
     return parse_spec(raw, "test.toml")
@@ -29,14 +29,17 @@ def trial(number: int, beta: float, loss: float | None, rung: int = 0) -> dict[s
         "label": f"beta {beta:.4g}",
         "tilt": beta * 36, "state": "failed" if loss is None else "complete",
         "cause": "" if loss else "the loss is NaN", "loss": loss, "seconds": 11.0,
-        "token_passes": 100, "host": "a",
+        "token_passes": 100, "host": "a", "scores": {},
     }  # fmt: skip
 
 
-def make_board(clock: list[float], protocol: str = "ladder") -> tuple[Board, io.StringIO]:
+def make_board(
+    clock: list[float], protocol: str = "ladder", **sections: Any
+) -> tuple[Board, io.StringIO]:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=110, no_color=True)
-    return Board(make_spec(protocol), 1000, console, lambda: clock[0]), screen
+    spec = make_spec(protocol, **sections)
+    return Board(spec, 1000, console, lambda: clock[0]), screen
 
 
 def shown(board: Board, screen: io.StringIO) -> str:
@@ -77,6 +80,14 @@ def test_time_left_follows_token_passes_and_counts_down() -> None:
     assert board.time_left() == pytest.approx(30)
 
 
+def test_time_left_says_that_it_knows_nothing_of_tasks() -> None:
+    clock = [0.0]
+    board, screen = make_board(clock, evaluation={"tasks": ["boolq"]})
+    clock[0] = 20.0
+    board.event(trial(0, 0.0, 4.5))
+    assert "about 3 min 00 s left, without lm-eval's tasks" in shown(board, screen)
+
+
 def test_work_of_an_earlier_driver_counts_as_done_but_not_as_speed() -> None:
     clock = [0.0]
     board, screen = make_board(clock)
@@ -106,6 +117,16 @@ def test_best_is_that_of_the_highest_rung() -> None:
     assert "paper protocol" not in shown(board, screen)
 
 
+def test_best_is_that_of_the_score_that_is_searched() -> None:
+    """Of equal scores the first candidate's, as the search chooses."""
+    board, screen = make_board([0.0], search={"objective": "top1"})
+    for number, loss, top1 in ((1, 4.5, 0.75), (0, 4.4, 0.5), (2, 4.3, 0.75)):
+        event = trial(number, 0.01 * number, loss) | {"scores": {"top1": top1}}
+        board.event(event)
+    assert board.best().startswith("beta 0.01 (tilt 0.36), top1 75.00 %, uniform 50.00 %; rung 0")
+    assert "top1 50.00 %" in screen.getvalue()
+
+
 def test_failures_are_shown_with_their_cause_and_never_best() -> None:
     board, screen = make_board([0.0])
     board.event(trial(0, 0.02, None))
@@ -116,7 +137,7 @@ def test_failures_are_shown_with_their_cause_and_never_best() -> None:
 def test_paper_protocol_is_said_beside_its_losses() -> None:
     board, _ = make_board([0.0], "paper")
     board.event(trial(0, 0.0, 4.50))
-    assert "report text: paper protocol" in board.best()
+    assert "report split: paper protocol" in board.best()
 
 
 def test_durations() -> None:

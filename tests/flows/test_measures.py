@@ -51,8 +51,13 @@ def test_images_have_scores_and_no_perplexity() -> None:
     assert f"top-1 from {100 * 2 / n:.3g}" in report["gain"]["conclusion"]
     page = render(report)
     assert "top-1, %" in page and "erplexity</th>" not in page
-    axis = figures(report)["loss"]["layout"]["yaxis"]
-    assert axis == {"title": {"text": "top-1, %"}}
+    axis = figures(report)["loss"]["layout"]["yaxis"]  # of what decides
+    assert axis == {"title": {"text": "loss, nats/image"}}
+    assert "below uniform" in page
+    assert "the right class" in page and "calibrated on 32 images" in page
+    assert "measures on more images than" in page and "scouts on few images" in page
+    for word in ("next token", "other documents", "little text", "more text", "512 tokens"):
+        assert word not in page
 
 
 def test_a_score_that_is_searched_is_the_gain() -> None:
@@ -64,6 +69,39 @@ def test_a_score_that_is_searched_is_the_gain() -> None:
     assert unit == "points of top1"
     assert gain.mean == pytest.approx(100 * 2 / len(best[0].losses))
     assert headline(["top1", "loss"], "top5") == "top5"
+
+
+def test_what_is_searched_is_drawn_with_its_own_bars() -> None:
+    spec, results = image_run("top1")
+    model = make_model().model_copy(update={"unit": "image", "modality": "vision"})
+    report = build_report(spec, model, results, 1.0)
+    scouts = [t for t in report["trials"] if t["rung"] == 0 and t["state"] == "complete"]
+    uniform, other = scouts[:2]
+    assert uniform["gain"] == {"mean": 0, "stderr": 0}
+    assert other["gain"]["mean"] == pytest.approx(100 * 2 / 4)  # points of 4 images
+    drawn = figures(report)["loss"]
+    assert drawn["layout"]["yaxis"] == {"title": {"text": "top-1, %"}}
+    bars = drawn["data"][0]["error_y"]["array"]
+    assert sorted(bars) == [0, *[other["gain"]["stderr"]] * (len(scouts) - 1)] and bars[-1] > 1
+    assert "above uniform, points: 50" in drawn["data"][0]["text"][-1]
+    page = render(report)
+    assert "<th>top-1, %</th><th>above uniform, points</th>" in page
+    assert "below uniform" not in page and "top1 of best minus top1 of uniform" in page
+    assert page.count('<td class="why" colspan="4">') == 1  # the failed trial
+
+
+def test_a_task_that_is_searched_has_rows_not_windows() -> None:
+    evaluation = {"tasks": ["boolq"], "task_rows": 4}
+    spec = make_spec(search={"objective": "boolq/acc"}, evaluation=evaluation)
+    results = [
+        r.model_copy(update={"scores": {"boolq/acc": [1.0, 0.0, float(r.beta > 0), 1.0]}})
+        for r in make_run()
+    ]
+    report = build_report(spec, make_model(), results, 1.0)
+    assert "(95 % interval" in report["gain"]["conclusion"]
+    assert ", 4 rows and 3 calibration seeds)" in report["gain"]["conclusion"]
+    assert figures(report)["loss"]["data"][1]["name"] == "rung 1, 4 rows"
+    assert "(n = 4 rows, 3 calibration seeds" in render(report)
 
 
 def test_a_task_has_rows_of_its_own() -> None:

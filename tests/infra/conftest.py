@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,12 @@ def make_result(make_spec: Callable[..., Spec]) -> Callable[..., TrialResult]:
     """The result of a search trial with the given number and beta."""
 
     def make(
-        number: int, beta: float = 0.0, loss: float = 4.5, state: str = "complete", rung: int = 0
+        number: int,
+        beta: float = 0.0,
+        loss: float = 4.5,
+        state: str = "complete",
+        rung: int = 0,
+        **more: Any,
     ) -> TrialResult:
         spec = make_spec()
         trial = TrialSpec(
@@ -49,7 +55,7 @@ def make_result(make_spec: Callable[..., Spec]) -> Callable[..., TrialResult]:
         )
         if state == "failed":
             return TrialResult(spec=trial, state="failed", cause="loss is NaN")
-        return TrialResult(
+        complete = TrialResult(
             spec=trial,
             state="complete",
             tilt=beta / BOUND,
@@ -65,5 +71,6 @@ def make_result(make_spec: Callable[..., Spec]) -> Callable[..., TrialResult]:
             host="node1",
             device="cpu",
         )
+        return complete.model_copy(update=more)
 
     return make

@@ -186,9 +186,28 @@ def test_mirror_tells_each_trial_once_and_rungs_apart(make_result: Make, tmp_pat
         ("COMPLETE", 0.0), ("COMPLETE", 0.01), ("FAIL", 0.02)
     ]  # fmt: skip
     assert low[1].user_attrs == {
-        "number": 1, "tilt": pytest.approx(0.01 / BOUND), "perplexity": pytest.approx(math.exp(4)),
+        "number": 1, "tilt": pytest.approx(0.01 / BOUND), "loss": pytest.approx(4),
+        "perplexity": pytest.approx(math.exp(4)),
     }  # fmt: skip
     assert [(t.value, t.user_attrs["number"]) for t in high] == [(pytest.approx(3.9), 3)]
+
+
+def test_the_best_in_the_mirror_is_the_best_of_what_is_searched(
+    make_result: Make, tmp_path: Path
+) -> None:
+    """Of images, which have no perplexity: the one that recognises more has the higher loss."""
+    images = {"tokens": [1, 1], "bytes": [0, 0]}
+    results = [
+        make_result(0, loss=0.5, scores={"top1": [1.0, 0.0]}, **images),
+        make_result(1, 0.01, loss=0.9, scores={"top1": [1.0, 1.0]}, **images),
+    ]
+    mirror = StudyMirror(tmp_path, "a" * 32, "", {"beta": (-BOUND, BOUND)}, "top1")
+    mirror.rebuild(results)
+    assert mirror.close() == 0
+    name, storage = f"{tmp_path.name}/rung0", f"sqlite:///{tmp_path / 'optuna.db'}"
+    best = optuna.load_study(study_name=name, storage=storage).best_trial
+    assert (best.params["beta"], best.value) == (0.01, 1.0)
+    assert best.user_attrs.keys() == {"number", "tilt", "loss", "top1"}
 
 
 def test_mirror_takes_a_loss_whose_perplexity_is_no_number(

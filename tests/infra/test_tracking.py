@@ -155,6 +155,17 @@ def test_numbers_that_are_none_leave_the_rest(store: RunStore, make_result: Make
     assert found["tiny"].data.metrics["best.perplexity"] == 70.0
 
 
+def test_scores_arrive_and_images_have_no_perplexity(
+    store: RunStore, make_result: MakeResult
+) -> None:
+    scores = {"top1": [1.0, 0.0], "mmlu@5/acc": [1.0, 0.0, 0.0, 0.0]}
+    store.write_result(make_result(3, 0.03, scores=scores, tokens=[1, 1], bytes=[0, 0]))
+    assert sync(store.dir) == 0
+    told = runs(store)["trial 00003"].data.metrics
+    assert (told["top1"], told["mmlu_5/acc"]) == (0.5, 0.25)
+    assert "loss" in told and "perplexity" not in told
+
+
 def test_server_that_refuses_or_hangs_costs_little_and_loses_nothing(
     make_spec: MakeSpec, make_result: MakeResult, empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,4 +96,4 @@ def test_what_is_not_on_the_hub_is_not_claimed_to_be(source: str) -> None:
 
 def test_paper_protocol_is_said() -> None:
     assert "paper protocol" not in model_card(make_report())
-    assert "selected on this text" in model_card({**make_report(), "protocol": "paper"})
+    assert "selected on this split" in model_card({**make_report(), "protocol": "paper"})

@@ -1,0 +1,37 @@
+"""The lines that `check` prints below the table of blocks.
+
+python -m pytest tests/flows/test_check.py
+"""
+
+from typing import Any
+
+import pytest
+
+from flows.check import _facts
+from tests.flows.test_plan import make_model, make_spec
+
+
+def facts(tasks: list[str]) -> dict[str, str]:
+    spec = make_spec(run={"dir": "runs/tiny"}, evaluation={"tasks": tasks})
+    answer: dict[str, Any] = {
+        "sources": {"model": "m"},
+        "numbers": {},
+        "rungs": [],
+        "cells": 1,
+        "refused": {},
+        "token_passes": 1000,
+        "seconds": 60.0,
+        "not_in_seconds": tasks,
+        "memory_bytes": 1 << 20,
+        "cluster": {"nodes": [], "parallel": 1, "cpus_per_trial": 2, "gpus_per_trial": 0},
+        "run": spec.run.dir,
+    }
+    return _facts(spec, make_model(), answer)
+
+
+@pytest.mark.parametrize("tasks", [[], ["boolq", "piqa"]])
+def test_the_time_says_what_it_leaves_out_and_results_have_a_place(tasks: list[str]) -> None:
+    lines = facts(tasks)
+    assert lines["time"] == "about 1 min 00 s for 1,000 token passes"
+    assert lines.get("lm-eval") == ("boolq, piqa: not in this time" if tasks else None)
+    assert lines["run directory"] == "runs/tiny"
