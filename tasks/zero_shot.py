@@ -70,8 +70,9 @@ def zero_shot(
                     cache_requests=False,
                     use_cache=None,
                     bootstrap_iters=0,
-                    apply_chat_template=bool(getattr(modality.writer, "chat_template", None))
-                    and model.MULTIMODAL,  # as its authors advise for models of images
+                    # As lm-eval's authors advise for models of images, and for those alone.
+                    apply_chat_template=getattr(model, "MULTIMODAL", False)
+                    and bool(getattr(modality.writer, "chat_template", None)),
                 )
         except ValueError as error:  # code that would be run, images for a text model
             if str(error).startswith("Attempted to run task"):

@@ -76,6 +76,16 @@ def test_a_task_is_lm_evals_own(loaded: Any, data: Path, name: str) -> None:
     assert one_by_one == scores
 
 
+def test_a_chat_template_is_not_applied_to_text(
+    loaded: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modality = loaded("llama")
+    plain = zero_shot.zero_shot(modality, ["boolq"], data=str(data))
+    template = "{% for message in messages %}<s>{{ message['content'] }}{% endfor %}"
+    monkeypatch.setattr(modality.tokenizer, "chat_template", template)
+    assert zero_shot.zero_shot(modality, ["boolq"], data=str(data)) == plain
+
+
 def test_batches_hold_so_many_tokens(loaded: Any, data: Path) -> None:
     modality = loaded("llama")
     shapes: list[tuple[int, int]] = []
