@@ -1,0 +1,101 @@
+"""Engines: ways to run a pruned model's linear layers, and how a model is converted to one.
+
+from tasks.engines import convert
+
+records = convert(model, "bitmask", use="decode")  # in place; then model.generate(...) as usual
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from infra.errors import UserError
+from tasks.engines.base import EncodedLinear, Engine, Use
+from tasks.engines.dense import Dense, OneDNN
+
+# An engine is added by a class and its place here.
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (Dense(), OneDNN())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord:
+    """What became of one linear layer. `reason` says why a layer that could be encoded is dense."""
+
+    name: str
+    shape: tuple[int, int]  # out x in
+    sparsity: float
+    engine: str
+    reason: str
+    dense_bytes: int
+    encoded_bytes: int  # of the weight as it now is
+
+
+@torch.no_grad()
+def convert(
+    model: nn.Module, engine: str, *, use: Use = "decode", pattern: str = "unstructured"
+) -> list[LayerRecord]:
+    """Replace, in place, the linear layers of a model that the engine runs faster; list them all.
+
+    `use` is what the model is wanted for: a layer is encoded where its own share of zeros is at
+    least the engine's break-even for that use. nn.Linear and transformers' Conv1D are looked at;
+    heads and weights that are also something else's (tied embeddings) stay as they are.
+    Raises UserError for an unknown engine, or one that runs nothing of the model at all.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"unknown engine {engine}: choose one of {', '.join(ENGINES)}")
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D)  # a subclass may compute something else
+    }
+    uses = Counter(id(held) for _, held in model.named_parameters(remove_duplicate=False))
+    heads = {id(head) for head in _heads(model)}
+    records, refusals = [], []
+    for name, module in layers.items():
+        matrix: Tensor = module.weight.detach()
+        weight = matrix.T if isinstance(module, Conv1D) else matrix
+        sparsity = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
+        chosen, reason = ENGINES[engine], ""
+        if id(module) in heads:
+            reason = "a head"
+        elif uses[id(module.weight)] > 1:
+            reason = "its weight is used elsewhere too"
+        else:
+            reason = chosen.refusal(weight.device, weight.dtype, pattern, weight.shape)
+            refusals.append(reason)
+            if not reason and sparsity < (least := chosen.break_even(weight.dtype, use)):
+                reason = f"{sparsity:.0%} zeros; {engine} gains from {least:.0%} in {use}"
+        encoded_bytes = weight.nbytes
+        if not reason and engine != "dense":
+            encoded = chosen.encode(weight, module.bias)
+            model.set_submodule(name, encoded)
+            encoded_bytes = encoded.encoded_bytes
+        records.append(
+            LayerRecord(
+                name=name,
+                shape=(weight.shape[0], weight.shape[1]),
+                sparsity=sparsity,
+                engine="dense" if reason else engine,
+                reason=reason,
+                dense_bytes=weight.nbytes,
+                encoded_bytes=encoded_bytes,
+            )
+        )
+    if refusals and all(refusals):
+        raise UserError(f"engine {engine} cannot run this model: {refusals[0]}; use another engine")
+    return records
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """The output layer of a transformers model, or of a timm model."""
+    ways = [getattr(model, way, None) for way in ("get_output_embeddings", "get_classifier")]
+    found = [way() for way in ways if callable(way)]
+    return [head for head in found if isinstance(head, nn.Module)]
+
+
+__all__ = ["ENGINES", "EncodedLinear", "Engine", "LayerRecord", "Use", "convert"]

@@ -1,0 +1,79 @@
+"""What an engine is: it says whether it can run a layer, and makes the module that runs it.
+
+engine = ENGINES["bitmask"]
+engine.refusal(weight.device, weight.dtype, "unstructured", weight.shape)  # "" or why not
+layer = engine.encode(weight, bias)  # an EncodedLinear, called like nn.Linear
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+# What a model is converted for: generating token by token, or reading many tokens (or images).
+Use = Literal["decode", "prefill"]
+
+
+class EncodedLinear(nn.Module):
+    """Stands in for an nn.Linear of the same weight; inference only.
+
+    A subclass keeps the weight in buffers, so that `state_dict` and `to` work as usual, and its
+    bias as the buffer `bias` (or None). `weight` must give the dense matrix, out x in, for models
+    that look at it.
+    """
+
+    def __init__(self, shape: Sequence[int], bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.bias: Tensor | None
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, out x in, made anew at every call."""
+        raise NotImplementedError
+
+    @property
+    def encoded_bytes(self) -> int:
+        """Bytes that the matrix takes in memory, without the bias."""
+        return sum(held.nbytes for name, held in self.named_buffers() if name != "bias")
+
+    def extra_repr(self) -> str:
+        """As nn.Linear's, with the bytes."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, encoded_bytes={self.encoded_bytes}"
+        )
+
+
+class Engine(ABC):
+    """One way to run linear layers. Importing and constructing one needs no compiler and no GPU."""
+
+    name: str
+    baseline = False  # it multiplies by zeros as well: what the others are compared with
+
+    @abstractmethod
+    def refusal(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        pattern: str = "unstructured",
+        shape: Sequence[int] | None = None,
+    ) -> str:
+        """Empty where the engine can run such a layer, else one line that says why not.
+
+        `pattern` is the spec's prune.pattern ("unstructured", "2:4"); `shape` is out x in, and
+        without it the answer is for the engine in general.
+        """
+
+    @abstractmethod
+    def break_even(self, dtype: torch.dtype, use: Use) -> float:
+        """The share of zeros from which encoding a matrix is faster than its dense kernel."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor, bias: Tensor | None) -> EncodedLinear:
+        """The module that computes x @ weight.T + bias. weight: out x in; not changed, not kept."""

@@ -1,0 +1,113 @@
+"""The dense baselines: torch's own kernel, and oneDNN's with the weight packed once.
+
+layer = ENGINES["onednn"].encode(linear.weight, linear.bias)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tasks.engines.base import EncodedLinear, Engine, Use
+
+
+class DenseLinear(EncodedLinear):
+    """F.linear on a dense weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.shape, bias)
+        self.register_buffer("matrix", weight.detach())
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight itself, out x in."""
+        return self.get_buffer("matrix")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: ... x in; returns ... x out."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class Dense(Engine):
+    """torch's F.linear: runs everything everywhere."""
+
+    name = "dense"
+
+    def refusal(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        pattern: str = "unstructured",
+        shape: Sequence[int] | None = None,
+    ) -> str:
+        """Never refuses."""
+        return ""
+
+    def break_even(self, dtype: torch.dtype, use: Use) -> float:
+        """Any sparsity."""
+        return 0.0
+
+    def encode(self, weight: Tensor, bias: Tensor | None) -> EncodedLinear:
+        """A layer that shares the weight."""
+        return DenseLinear(weight, bias)
+
+
+class OneDNNLinear(EncodedLinear):
+    """oneDNN's product with a weight that was packed for it; the packed weight stays in memory."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.shape, bias)
+        # An opaque tensor cannot be a buffer that is saved: it is kept beside the module's state.
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
+        self._bytes = weight.nbytes
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, out x in, unpacked at every call."""
+        dense: Tensor = self._packed.to_dense()
+        return dense
+
+    @property
+    def encoded_bytes(self) -> int:
+        """oneDNN pads to its tiles; the padding is not counted."""
+        return self._bytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: ... x in; returns ... x out."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return out
+
+
+class OneDNN(Engine):
+    """The dense product of the oneDNN library, which torch carries, with packed weights."""
+
+    name = "onednn"
+
+    def refusal(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        pattern: str = "unstructured",
+        shape: Sequence[int] | None = None,
+    ) -> str:
+        """fp32 and bf16 on CPUs; bf16 needs AVX-512 or AVX-NE-CONVERT."""
+        if device.type != "cpu":
+            return f"onednn runs on CPUs, not on {device.type}"
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"onednn runs fp32 and bf16 here, not {dtype}"
+        if not torch.backends.mkldnn.is_available():
+            return "this torch was built without oneDNN"
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "oneDNN has no bf16 for this processor"
+        return ""
+
+    def break_even(self, dtype: torch.dtype, use: Use) -> float:
+        """Any sparsity."""
+        return 0.0
+
+    def encode(self, weight: Tensor, bias: Tensor | None) -> EncodedLinear:
+        """A layer with its own packed copy."""
+        return OneDNNLinear(weight, bias)
