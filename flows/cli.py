@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("check", _check, "spec", "resolve everything a spec names and say what would run where")
     add("evaluate", _evaluate, "checkpoint", "measure a saved checkpoint on its report split")
+    add("speed", _speed, "checkpoint", "time a saved checkpoint on every engine that runs here")
     add("report", _report, "run", "make the report of a run again from its files", False)
     add("doctor", _doctor, "", "show versions, devices, memory and the cluster", False)
     return parser
@@ -153,6 +154,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     from flows.evaluate import evaluate
 
     evaluate(Path(options.checkpoint), options.overrides, as_json=options.json)
+
+
+def _speed(options: argparse.Namespace) -> None:
+    from flows.speed import speed
+
+    speed(Path(options.checkpoint), options.overrides, as_json=options.json)
 
 
 def _doctor(options: argparse.Namespace) -> None:

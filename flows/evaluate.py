@@ -31,7 +31,7 @@ def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -
     """
     from tasks.trial import loaded, run_trial
 
-    spec = _spec(checkpoint, overrides)
+    spec = spec_of(checkpoint, overrides)
     trial = TrialSpec(
         number=0,
         stage="final",
@@ -103,7 +103,11 @@ def _with_average(metrics: Metrics, tasks: list[str]) -> Metrics:
     return metrics | {"average of 7/acc": parts[0] | average}
 
 
-def _spec(checkpoint: Path, overrides: list[str]) -> Spec:
+def spec_of(checkpoint: Path, overrides: list[str], *, needs_data: bool = True) -> Spec:
+    """A spec whose model is a checkpoint, with what that remembers of the run that saved it.
+
+    Raises UserError for what is no checkpoint, and where data is needed and none is known.
+    """
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is no checkpoint folder: give the best/ of a run")
     if (checkpoint / "best").is_dir():
@@ -121,6 +125,8 @@ def _spec(checkpoint: Path, overrides: list[str]) -> Spec:
     raw["model"]["source"] = str(checkpoint)
     raw["prune"]["sparsity"] = 0.0
     raw["calibration"] = {"samples": 1, "length": 8}  # nothing is pruned: whatever there is will do
+    if "data" not in raw and not needs_data:
+        raw["data"] = {"source": "none"}
     if "data" not in raw:
         raise UserError(f"{checkpoint} has no {SPARSITY_FILE}: add data.source=... to the command")
     return parse_spec(raw, str(checkpoint))

@@ -51,6 +51,7 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
         "rates": _by_block(rates, model, shares),
         "errors": _by_block(errors, model, ratio | _ticks(errors)),
         "split": _by_block(split, model, ratio | {"title": {"text": "part / ‖H‖"}} | _ticks(split)),
+        "speed": _speed(report["speed"]),
     }
 
 
@@ -58,6 +59,35 @@ def relative_part(error: dict[str, Any], part: str) -> float:
     """The norm of what a block makes or carries, over that of its dense output."""
     share = error[part] / error["absolute"] if error["absolute"] else 0.0
     return float(error["relative"] * share**0.5)
+
+
+def _speed(speed: dict[str, Any] | None) -> Figure:
+    """Bars of every engine's ratio over the fastest dense engine, by case, with quartiles."""
+    if speed is None:
+        return {"data": [], "layout": {}}
+    names = [engine["name"] for engine in speed["engines"] if not engine["refusal"]]
+    bars = []
+    for name in names:
+        timings = [t for case in speed["cases"] for t in case["timings"] if t["engine"] == name]
+        ratios = [timing["ratio"] for timing in timings]
+        bars.append(
+            {
+                "type": "bar",
+                "name": name,
+                "x": [case["title"] for case in speed["cases"]],
+                "y": ratios,
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [t["ratio_high"] - t["ratio"] for t in timings],
+                    "arrayminus": [t["ratio"] - t["ratio_low"] for t in timings],
+                },
+                "hovertemplate": f"{name}: %{{y:.2f}} times as fast<extra></extra>",
+            }
+        )
+    figure = _figure(bars, "", {"title": {"text": "times as fast as dense"}, "rangemode": "tozero"})
+    figure["layout"]["barmode"] = "group"
+    return figure
 
 
 def _figure(data: list[Figure], xtitle: str, yaxis: Figure) -> Figure:

@@ -222,6 +222,8 @@ def _stage(event: Event) -> str:
             return "final comparison on the report split"
         case "checkpoint":
             return "making the checkpoint again"
+        case "speed":
+            return "timing the engines"
         case "report":
             return "writing the report"
         case kind:

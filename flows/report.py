@@ -30,6 +30,7 @@ from flows.measures import (
     sampled,
 )
 from flows.pictures import pictures
+from flows.speed import kept_speed
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult
 from infra.specs import Spec
@@ -59,6 +60,7 @@ def write_report(store_dir: Path) -> Report:
     report = build_report(store.spec, model, results, seconds, store.provenance)
     uniform, best = _finals(results)
     report["pictures"] = pictures(store.spec, uniform[0], best[0])
+    report["speed"] = kept_speed(store_dir)
     data = json.dumps(report, indent=1, allow_nan=False)
     write_atomic(store.path("report.json"), data.encode())
     write_atomic(store.path("report.html"), render(report).encode())
@@ -116,6 +118,7 @@ def build_report(
             "verdict": "gain" if gain.low > 0 else "no gain",
         },
         "pictures": [],
+        "speed": None,
         "trials": _trials(results, done, objective),
         **_errors(uniform, best, gain, model),
         "spec": spec.model_dump(mode="json"),

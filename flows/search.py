@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from flows import speed
 from flows.live import View, live, trial_event
 from flows.plan import (
     Results,
@@ -76,6 +77,11 @@ def _alone(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
         tracking.start(store.dir, spec.tracking)
         run = Run(store, pinned_spec, cluster, view, plan, lambda spec: describe(cluster, spec))
         drive(cluster, [run])
+        best = store.path("best")
+        if spec.speed.measure and best.is_dir() and not store.path(speed.FILE).exists():
+            run.tell("speed")
+            speed.measure(cluster, spec, best)
+            run.report = write_report(store.dir)
     return run.report
 
 

@@ -201,3 +201,56 @@ class TrialResult(Frozen):
         if any(self.bytes) and (perplexity := finite_exp(self.loss)) is not None:
             found["perplexity"] = perplexity
         return found | {name: sum(each) / len(each) for name, each in self.scores.items()}
+
+
+class SpeedLayer(Frozen):
+    """What an engine made of one linear layer."""
+
+    name: str
+    shape: tuple[int, int] = Field(description="out x in")
+    sparsity: float
+    engine: str
+    reason: str = Field("", description="why it stays dense")
+    dense_bytes: int
+    encoded_bytes: int
+
+
+class SpeedEngine(Frozen):
+    """One engine's model: what it holds, and how far its answers are from the dense model's."""
+
+    name: str
+    refusal: str = Field("", description="why it does not run here; nothing else is known then")
+    baseline: bool = Field(False, description="multiplies by zeros as well")
+    layers: list[SpeedLayer] = []
+    resident_bytes: int = Field(0, description="of all weights, as the engine holds them")
+    peak_bytes: int = Field(0, description="of the weights and the most that a case needed beside")
+    same_tokens: int | None = Field(None, description="greedy tokens before one differs")
+    kl: float = Field(0.0, description="to the dense model, nats per token or image")
+    logit_difference: float = Field(0.0, description="the largest, from the dense model")
+
+
+class SpeedCase(Frozen):
+    """One thing that was timed, on all engines in turn."""
+
+    kind: Literal["prefill", "first token", "decode", "images"]
+    batch: int
+    length: int = Field(description="tokens of the prompt; 0 for images")
+    unit: Literal["ms", "tokens/s", "images/s"]
+    work: int = Field(description="tokens or images of one timing; 0 where its time counts")
+    seconds: dict[str, list[float]] = Field(description="of each timing, by engine")
+
+
+class SpeedRecord(Frozen):
+    """How fast a checkpoint runs on the engines of one machine."""
+
+    checkpoint: str
+    modality: Modality
+    architecture: str
+    dtype: str
+    sparsity: float = Field(description="share of zeros in the prunable matrices")
+    stored_bytes: int = Field(description="of its safetensors files")
+    device: str
+    threads: int
+    host: str
+    engines: list[SpeedEngine]
+    cases: list[SpeedCase]

@@ -198,6 +198,25 @@ class CompareSpec(Frozen):
         return any((self.models, self.methods, self.allocations, self.sparsities))
 
 
+class SpeedSpec(Frozen):
+    """How the speed of a pruned model is measured: `sparseramp speed`, and after a search."""
+
+    measure: bool = Field(False, description="measure the best model when a search has ended")
+    engines: list[str] = Field([], description="empty: all that run on the machine")
+    prompts: list[Annotated[int, Field(ge=1)]] = Field(
+        [128, 512], min_length=1, description="tokens; decoding follows the first"
+    )
+    batches: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 4], description="texts that are continued at once"
+    )
+    images: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 64], description="images that are classified at once"
+    )
+    new_tokens: int = Field(16, ge=1, description="decoded per timing")
+    runs: int = Field(7, ge=3, description="timings of each engine in each case, interleaved")
+    threads: int = Field(0, ge=0, description="0: all that the task is given")
+
+
 class ClusterSpec(Frozen):
     """Where trials run. Never changes a result, so it may differ when a run is resumed."""
 
@@ -235,6 +254,7 @@ class Spec(Frozen):
     published: dict[Literal["dense", "uniform", "best"], float] = Field(
         {}, description="perplexities that others give, shown beside the measured ones"
     )
+    speed: SpeedSpec = SpeedSpec()
     cluster: ClusterSpec = ClusterSpec()
     tracking: TrackingSpec = TrackingSpec()
     run: RunSpec = RunSpec()
@@ -278,5 +298,7 @@ class Spec(Frozen):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides results; the rest may change between start and resume."""
-        elsewhere = dict.fromkeys(("compare", "published", "cluster", "tracking", "run"), True)
+        elsewhere = dict.fromkeys(
+            ("compare", "published", "speed", "cluster", "tracking", "run"), True
+        )
         return self.model_dump(exclude={**elsewhere, "search": {"storage"}})

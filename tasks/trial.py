@@ -116,7 +116,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
             peak_memory_bytes=_peak_memory(modality.device),
         ),
         host=socket.gethostname(),
-        device=_device_name(modality.device),
+        device=device_name(modality.device),
         checkpoint=where,
         checkpoint_sha256=hashes,
     )
@@ -250,9 +250,10 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU, or the threads of the CPU."""
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"

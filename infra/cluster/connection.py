@@ -88,8 +88,7 @@ class Cluster:
     """A cluster, and this driver's workers on it, which keep their CPUs and GPUs between trials."""
 
     def __init__(self, spec: ClusterSpec, address: str) -> None:
-        self._address = address
-        self._timeout_s = spec.trial_timeout_s
+        self._address, self._spec = address, spec
         self._pool = Pool(spec)
 
     @property
@@ -127,7 +126,7 @@ class Cluster:
         a None in it says that there is nothing now, and is asked again after the next result.
         Leaving the iterator early stops the trials in flight.
         """
-        return dispatch(self._pool, function, specs, self._timeout_s)
+        return dispatch(self._pool, function, specs, self._spec.trial_timeout_s)
 
     def call(self, function: Callable[..., T], *args: object) -> T:
         """Run one function in a worker; a UserError raised there is raised here, others as one.
@@ -150,6 +149,21 @@ class Cluster:
                 raise UserError(f"{function.__name__} failed: {cause}")
             return answer
         raise UserError(f"{function.__name__} failed: lost {MAX_LOST} times: {lost}")
+
+    def alone(self, function: Callable[..., T], *args: object) -> T:
+        """`call` on this node, with a GPU or all its processors, and none of our workers beside.
+
+        Raises UserError as `call` does, and where Ray gives away nothing of this node.
+        """
+        self.stop_workers()
+        whole = {"parallel": 1, "cpus_per_trial": -1, "gpus_per_trial": -1}
+        pool = self._pool
+        self._pool = Pool(self._spec.model_copy(update=whole), here=True)
+        try:
+            return self.call(function, *args)
+        finally:
+            self.stop_workers()
+            self._pool = pool
 
     def fetch(self, result: TrialResult, destination: Path) -> None:
         """Bring a trial's checkpoint from the node that made it, verified, to `destination`.

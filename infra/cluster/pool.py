@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.cluster.resources import Node, Share, capacity, decide_share
 from infra.cluster.worker import Worker
@@ -58,8 +59,15 @@ def nodes() -> list[Node]:
 class Pool:
     """The workers, and how many of them there may be."""
 
-    def __init__(self, spec: ClusterSpec) -> None:
-        self.share: Share = decide_share(spec, nodes())
+    def __init__(self, spec: ClusterSpec, *, here: bool = False) -> None:
+        """With `here`, all of them are on the driver's node."""
+        self._where: Any = "SPREAD"
+        found = nodes()
+        if here:
+            node = ray.get_runtime_context().get_node_id()
+            found = [each for each in found if each.node == node]
+            self._where = NodeAffinitySchedulingStrategy(node, soft=False)
+        self.share: Share = decide_share(spec, found)
         self.slots: list[Slot] = []
         self._parallel = spec.parallel
         self._failed_starts = 0
@@ -77,7 +85,7 @@ class Pool:
         """Ask for one more worker, on the node with the most room; it starts when there is any."""
         options: Any = RayWorker  # Ray's stubs know no options of an actor class
         actor = options.options(
-            num_cpus=self.share.cpus, num_gpus=self.share.gpus, scheduling_strategy="SPREAD"
+            num_cpus=self.share.cpus, num_gpus=self.share.gpus, scheduling_strategy=self._where
         ).remote(max(1, int(self.share.cpus)))
         self.slots.append(Slot(actor, actor.node.remote()))
         return self.slots[-1]

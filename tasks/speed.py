@@ -1,0 +1,347 @@
+"""How fast a checkpoint runs on each engine, measured on this machine.
+
+    record = measure_speed(ModelSpec(source="runs/quickstart/best"), SpeedSpec())
+
+Every engine holds the same weights. A case is run by all engines in turn, again and again, so that
+whatever disturbs the machine meets all of them. Kept are the times, not their mean.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infra.errors import UserError
+from infra.records import SpeedCase, SpeedEngine, SpeedLayer, SpeedRecord
+from infra.sources import fetch
+from infra.specs import ModelSpec, SpeedSpec
+from modalities import load
+from modalities.base import LoadedModality
+from tasks.engines import ENGINES, EncodedLinear, Use, convert
+from tasks.trial import device_name
+
+WARM_UPS = 3
+TEXT = "The history of the city begins with"  # all engines continue it, to be compared
+CONTINUED = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Something to time: `prepare` makes of a model what is called once for each time."""
+
+    kind: str
+    batch: int
+    length: int
+    unit: str
+    work: int  # units done by one call; 0: its time is what counts
+    prepare: Callable[[Any], Callable[[], object]]
+
+
+@torch.inference_mode()
+def measure_speed(model: ModelSpec, speed: SpeedSpec) -> SpeedRecord:
+    """Time a checkpoint's cases on every engine that runs here, interleaved.
+
+    Raises UserError for an engine that was asked for and does not run here, and for a model that
+    neither continues a text nor classifies images.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    use: Use = "prefill" if model.modality == "vision" else "decode"
+    with _threads(speed.threads):
+        modality = load(model, device)
+        matrices = [m.weight() for block in modality.blocks for m in block.matrices]
+        zeros = sum(int((matrix == 0).sum()) for matrix in matrices)
+        cases = _cases(modality, speed)
+        models: dict[str, nn.Module] = {}
+        engines = []
+        for name in speed.engines or ENGINES:
+            each = load(model, device).model.to(device)
+            engines.append(_converted(each, name, use, asked=bool(speed.engines)))
+            if not engines[-1].refusal:
+                models[name] = each
+        timed = [_timed(case, models, speed.runs, device) for case in cases]
+        extra = {name: max(added[name] for _, added in timed) for name in models}
+        found = _differences(modality, models)
+        return SpeedRecord(
+            checkpoint=model.source,
+            modality=model.modality,
+            architecture=type(modality.model).__name__,
+            dtype=str(matrices[0].dtype).removeprefix("torch."),
+            sparsity=zeros / sum(matrix.numel() for matrix in matrices),
+            stored_bytes=sum(
+                f.stat().st_size for f in Path(fetch(model.source)).rglob("*.safetensors")
+            ),
+            device=device_name(device),
+            threads=torch.get_num_threads(),
+            host=platform.node(),
+            engines=[
+                engine.model_copy(
+                    update={"peak_bytes": engine.resident_bytes + extra[engine.name]}
+                    | found.get(engine.name, {})
+                )
+                if engine.name in models
+                else engine
+                for engine in engines
+            ],
+            cases=[case for case, _ in timed],
+        )
+
+
+def _converted(model: nn.Module, name: str, use: Use, *, asked: bool) -> SpeedEngine:
+    """Convert in place; an engine that cannot run here is told with its reason."""
+    try:
+        layers = convert(model, name, use=use)
+    except UserError as error:
+        if asked:
+            raise
+        return SpeedEngine(name=name, refusal=str(error))
+    # Two names of one tensor, such as a tied head, are held once.
+    held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    hidden = sum(m.encoded_bytes for m in model.modules() if isinstance(m, EncodedLinear))
+    hidden -= sum(
+        t.nbytes
+        for m in model.modules()
+        if isinstance(m, EncodedLinear)
+        for n, t in m.named_buffers()
+        if n != "bias"
+    )
+    return SpeedEngine(
+        name=name,
+        baseline=ENGINES[name].baseline,
+        layers=[SpeedLayer(**asdict(layer)) for layer in layers],
+        resident_bytes=sum(held.values()) + hidden,
+    )
+
+
+def _cases(modality: LoadedModality, speed: SpeedSpec) -> list[Case]:
+    """What is timed of a model: images a second, or the parts of continuing a text."""
+    size = getattr(modality.model, "pretrained_cfg", {}).get("input_size")
+    if modality.writer is None and not size:
+        raise UserError(
+            f"{type(modality.model).__name__} neither continues a text nor classifies images: "
+            "there is no speed to measure"
+        )
+    device, dtype = modality.device, next(modality.model.parameters()).dtype
+    chance = torch.Generator().manual_seed(0)
+
+    def images(batch: int) -> Callable[[Any], Callable[[], object]]:
+        pixels = torch.randn(batch, *size, generator=chance).to(device, dtype)
+        return lambda model: lambda: model(pixels)
+
+    if modality.writer is None:
+        return [
+            Case(kind="images", batch=b, length=0, unit="images/s", work=b, prepare=images(b))
+            for b in speed.images
+        ]
+    longest, context = max(speed.prompts) + speed.new_tokens, modality.facts()["context"]
+    if longest > context:
+        raise UserError(
+            f"speed.prompts and speed.new_tokens make {longest} tokens, the model's context is "
+            f"{context}: ask for fewer"
+        )
+    vocabulary = modality.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+
+    def ids(batch: int, length: int) -> Tensor:
+        return torch.randint(vocabulary, (batch, length), generator=chance).to(device)
+
+    def prefill(prompt: Tensor) -> Callable[[Any], Callable[[], object]]:
+        return lambda model: lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+
+    def first(prompt: Tensor) -> Callable[[Any], Callable[[], object]]:
+        return lambda model: lambda: _generate(model, prompt, 1)
+
+    def decode(prompt: Tensor) -> Callable[[Any], Callable[[], object]]:
+        def prepare(model: Any) -> Callable[[], object]:
+            def steps() -> None:
+                nonlocal token, out
+                for _ in range(speed.new_tokens):
+                    out = model(input_ids=token, past_key_values=out.past_key_values)
+                    token = out.logits[:, -1:].argmax(-1)
+
+            out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1:].argmax(-1)
+            return steps
+
+        return prepare
+
+    shortest = speed.prompts[0]
+    cases = [
+        Case(kind="prefill", batch=1, length=n, unit="ms", work=0, prepare=prefill(ids(1, n)))
+        for n in speed.prompts
+    ]
+    cases.append(
+        Case(
+            kind="first token",
+            batch=1,
+            length=shortest,
+            unit="ms",
+            work=0,
+            prepare=first(ids(1, shortest)),
+        )
+    )
+    return cases + [
+        Case(
+            kind="decode",
+            batch=b,
+            length=shortest,
+            unit="tokens/s",
+            work=b * speed.new_tokens,
+            prepare=decode(ids(b, shortest)),
+        )
+        for b in speed.batches
+    ]
+
+
+def _generate(model: Any, prompt: Tensor, count: int) -> Tensor:
+    """Greedy tokens after a prompt, batch x (prompt + count)."""
+    made: Tensor = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+    )
+    return made
+
+
+def _timed(
+    case: Case, models: dict[str, nn.Module], runs: int, device: torch.device
+) -> tuple[SpeedCase, dict[str, int]]:
+    """Seconds of every run by engine, and the bytes that each needs beside its weights."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    extra = dict.fromkeys(models, 0)
+    order = list(models)
+    for run in range(-WARM_UPS, runs):
+        for name in order:
+            call = case.prepare(models[name])
+            with _memory(device) as memory:
+                _wait(device)
+                began = time.perf_counter()
+                call()
+                _wait(device)
+                took = time.perf_counter() - began
+            if run >= 0:
+                seconds[name].append(took)
+            extra[name] = max(extra[name], memory.added)
+        order.append(order.pop(0))  # none always runs after the same one
+    record = SpeedCase(
+        kind=case.kind,
+        batch=case.batch,
+        length=case.length,
+        unit=case.unit,
+        work=case.work,
+        seconds=seconds,
+    )
+    return record, extra
+
+
+def _differences(
+    modality: LoadedModality, models: dict[str, nn.Module]
+) -> dict[str, dict[str, Any]]:
+    """How far each engine's answers are from those of the first model, which is dense.
+
+    Of a text: the greedy tokens that are the same up to the first that is not, and, along the
+    dense model's continuation, the mean KL divergence in nats per token and the largest difference
+    of a logit. Of images: the same of the class logits of random pixels.
+    """
+    reference = models[next(iter(models))]
+    if modality.writer is None:
+        size = modality.model.pretrained_cfg["input_size"]  # type: ignore[index]
+        chance = torch.Generator().manual_seed(0)
+        inputs = torch.randn(CONTINUED, *size, generator=chance)
+        inputs = inputs.to(modality.device, next(reference.parameters()).dtype)
+        logits = {name: model(inputs) for name, model in models.items()}
+        same = {}
+    else:
+        tokenizer = getattr(modality.writer, "tokenizer", modality.writer)
+        prompt = tokenizer(TEXT, return_tensors="pt").input_ids.to(modality.device)
+        made = {name: _generate(model, prompt, CONTINUED)[0] for name, model in models.items()}
+        first = made[next(iter(models))]
+        start = prompt.shape[1]
+        same = {
+            name: int((tokens == first)[start:].cumprod(0).sum()) for name, tokens in made.items()
+        }
+        logits = {name: _along(model, first, start) for name, model in models.items()}
+    dense = logits[next(iter(models))].float()
+    return {
+        name: {
+            "same_tokens": same.get(name),
+            "kl": float(
+                F.kl_div(
+                    each.float().log_softmax(-1),
+                    dense.log_softmax(-1),
+                    log_target=True,
+                    reduction="batchmean",
+                )
+            ),
+            "logit_difference": float((each.float() - dense).abs().max()),
+        }
+        for name, each in logits.items()
+    }
+
+
+def _along(model: Any, tokens: Tensor, start: int) -> Tensor:
+    """Logits of the tokens from `start` on, decoded one by one, count x vocabulary."""
+    out = model(input_ids=tokens[None, :start], use_cache=True)
+    rows = [out.logits[0, -1]]
+    for token in tokens[start:-1]:
+        out = model(input_ids=token[None, None], past_key_values=out.past_key_values)
+        rows.append(out.logits[0, -1])
+    return torch.stack(rows)
+
+
+@dataclass
+class _Memory:
+    added: int = 0
+
+
+@contextmanager
+def _memory(device: torch.device) -> Iterator[_Memory]:
+    """The most bytes that were in use inside beyond those in use before.
+
+    On a CPU of the process's resident set, as Linux counts it; 0 where it cannot be reset.
+    """
+    memory = _Memory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield memory
+        memory.added = torch.cuda.max_memory_allocated(device) - before
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew (proc(5))
+    except OSError:
+        yield memory
+        return
+    before = _high_water()
+    yield memory
+    memory.added = max(0, _high_water() - before)
+
+
+def _high_water() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads inside; 0: as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

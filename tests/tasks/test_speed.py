@@ -1,0 +1,103 @@
+"""What is timed is what was asked for, and every engine answers as the dense model does.
+
+python -m pytest tests/tasks/test_speed.py
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from infra.errors import UserError
+from infra.specs import ModelSpec, SpeedSpec
+from tasks.engines import ENGINES
+from tasks.speed import measure_speed
+from tests.models import write_checkpoint
+from tests.timm_models import write_timm
+
+FEW = SpeedSpec(prompts=[16, 32], new_tokens=4, runs=3, images=[1, 3])
+
+
+@pytest.fixture
+def sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint whose head is its embedding, with four of five block weights zero."""
+    monkeypatch.setenv("SPARSERAMP_CACHE", str(tmp_path / "cache"))
+    folder = write_checkpoint("llama-tied", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            if parameter.ndim == 2:
+                parameter[torch.rand_like(parameter) < 0.8] = 0
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_every_engine_answers_as_the_dense_one(sparse: Path) -> None:
+    record = measure_speed(ModelSpec(source=str(sparse), dtype="float32"), FEW)
+    model = AutoModelForCausalLM.from_pretrained(sparse)
+    engines = {engine.name: engine for engine in record.engines}
+    assert list(engines) == list(ENGINES)
+    dense = engines["dense"]
+    assert dense.resident_bytes == sum(p.nbytes for p in model.parameters())  # the head once
+    assert dense.peak_bytes >= dense.resident_bytes
+    assert (dense.kl, dense.logit_difference, dense.same_tokens) == (0, 0, 64)
+    assert record.sparsity == pytest.approx(0.8, abs=0.02)
+    assert record.stored_bytes == (sparse / "model.safetensors").stat().st_size
+    for engine in record.engines:
+        if not engine.refusal:
+            assert engine.same_tokens == 64
+            assert abs(engine.kl) < 1e-6
+    cases = [(case.kind, case.batch, case.length, case.work) for case in record.cases]
+    assert cases == [
+        ("prefill", 1, 16, 0),
+        ("prefill", 1, 32, 0),
+        ("first token", 1, 16, 0),
+        ("decode", 1, 16, 4),
+        ("decode", 4, 16, 16),
+    ]
+    ran = {engine.name for engine in record.engines if not engine.refusal}
+    for case in record.cases:
+        assert set(case.seconds) == ran
+        assert all(len(times) == 3 and min(times) > 0 for times in case.seconds.values())
+
+
+def test_our_engine_holds_fewer_bytes(sparse: Path) -> None:
+    if reason := ENGINES["bitmask"].refusal(torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    spec = FEW.model_copy(update={"engines": ["dense", "bitmask"]})
+    dense, bitmask = measure_speed(ModelSpec(source=str(sparse), dtype="float32"), spec).engines
+    assert all(not layer.reason for layer in bitmask.layers if "layers." in layer.name)
+    saved = sum(layer.dense_bytes - layer.encoded_bytes for layer in bitmask.layers)
+    assert bitmask.resident_bytes == dense.resident_bytes - saved
+    assert saved > 0
+
+
+def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSERAMP_CACHE", str(tmp_path / "cache"))
+    model = write_timm("vit", tmp_path / "model")
+    record = measure_speed(ModelSpec(source=str(model), modality="vision", dtype="float32"), FEW)
+    assert [(case.kind, case.batch, case.work) for case in record.cases] == [
+        ("images", 1, 1),
+        ("images", 3, 3),
+    ]
+    assert all(abs(e.kl) < 1e-6 and e.same_tokens is None for e in record.engines if not e.refusal)
+
+
+def test_threads_are_as_asked_and_as_before(sparse: Path) -> None:
+    before = torch.get_num_threads()
+    spec = FEW.model_copy(update={"threads": 1, "engines": ["dense"]})
+    assert measure_speed(ModelSpec(source=str(sparse)), spec).threads == 1
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"engines": ["dens"]}, "unknown engine dens"),
+        ({"prompts": [120]}, "the model's context is 128"),
+    ],
+)
+def test_refusals(sparse: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        measure_speed(ModelSpec(source=str(sparse)), FEW.model_copy(update=change))
