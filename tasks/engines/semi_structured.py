@@ -1,0 +1,88 @@
+"""torch's 2:4 tensors: hardware sparsity of NVIDIA GPUs, for reading many tokens at once.
+
+layer = ENGINES["2:4"].encode(weight, bias)  # at most 2 nonzeros in every 4 of a row
+
+It pays where the product is bound by arithmetic, which decoding a few sequences is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
+
+from infra.errors import UserError
+from tasks.engines.base import EncodedLinear, Engine, Use
+
+
+class SemiStructuredLinear(EncodedLinear):
+    """F.linear on a 2:4 tensor of cuSPARSELt."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.shape, bias)
+        # The subclass has no state that safetensors could save, so it is no buffer.
+        self._matrix: SparseSemiStructuredTensor = to_sparse_semi_structured(
+            weight.detach().contiguous()
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, out x in, multiplied out at every call."""
+        dense: Tensor = self._matrix.to_dense()
+        return dense
+
+    @property
+    def encoded_bytes(self) -> int:
+        """Values and positions: 0.5625 of the dense bytes."""
+        packed = self._matrix.packed
+        assert packed is not None
+        return packed.nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: ... x in; returns ... x out."""
+        return F.linear(x.contiguous(), self._matrix, self.bias)
+
+
+class SemiStructured(Engine):
+    """2:4 sparsity on the tensor cores, by torch and cuSPARSELt."""
+
+    name = "2:4"
+
+    def refusal(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        pattern: str = "unstructured",
+        shape: Sequence[int] | None = None,
+    ) -> str:
+        """bf16 and fp16 with the pattern 2:4 on NVIDIA GPUs from Ampere, sides divisible by 16."""
+        if pattern != "2:4":
+            return f"the weights are {pattern}; 2:4 needs prune.pattern='2:4'"
+        if device.type != "cuda" or torch.version.cuda is None:
+            return f"2:4 runs on NVIDIA GPUs, not on {device.type}"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"2:4 runs bf16 and fp16, not {dtype}"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "2:4 needs an NVIDIA GPU of compute capability 8.0 or later"
+        if not torch.backends.cusparselt.is_available():
+            return "this torch was built without cuSPARSELt"
+        if shape is not None and any(side % 16 for side in shape):
+            return f"{shape[0]} x {shape[1]} is not divisible by 16"
+        return ""
+
+    def break_even(self, dtype: torch.dtype, use: Use) -> float:
+        """Half of the weights in prefill; a few tokens at a time it does not gain."""
+        return 0.5 if use == "prefill" else 1.0
+
+    def encode(self, weight: Tensor, bias: Tensor | None) -> EncodedLinear:
+        """A 2:4 layer. Raises UserError where a group of 4 has more than 2 nonzeros."""
+        crowded = int((weight.reshape(-1, 4).count_nonzero(1) > 2).sum())
+        if crowded:
+            raise UserError(
+                f"a weight of {weight.shape[0]} x {weight.shape[1]} is not 2:4: {crowded} groups of"
+                " 4 have more than 2 nonzeros; prune with prune.pattern='2:4' or use another engine"
+            )
+        return SemiStructuredLinear(weight, bias)
