@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, function: Any, what: str, help: str, overrides: bool = True) -> None:
+    def add(name: str, function: Any, what: str, help: str, overrides: bool = True) -> Any:
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(command=function, name=name)
         if what:
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         if overrides:
             command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
         command.add_argument("--json", action="store_true", help="output for programs")
+        return command
 
     add("search", _search, "spec", "find the best beta, compare it with uniform, save and report")
     add("prune", _search, "spec", "prune at prune.beta, compare it with uniform, save and report")
@@ -77,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     add("check", _check, "spec", "resolve everything a spec names and say what would run where")
     add("evaluate", _evaluate, "checkpoint", "measure a saved checkpoint on its report split")
     add("speed", _speed, "checkpoint", "time a saved checkpoint on every engine that runs here")
+    pack = add("pack", _pack, "checkpoint", "store a saved checkpoint without its zeros", False)
+    pack.add_argument("destination", nargs="?", metavar="DESTINATION", help="a new folder")
     add("report", _report, "run", "make the report of a run again from its files", False)
     add("doctor", _doctor, "", "show versions, devices, memory and the cluster", False)
     return parser
@@ -160,6 +163,13 @@ def _speed(options: argparse.Namespace) -> None:
     from flows.speed import speed
 
     speed(Path(options.checkpoint), options.overrides, as_json=options.json)
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from flows.pack import pack_checkpoint
+
+    destination = Path(options.destination) if options.destination else None
+    pack_checkpoint(Path(options.checkpoint), destination, as_json=options.json)
 
 
 def _doctor(options: argparse.Namespace) -> None:

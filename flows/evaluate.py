@@ -103,15 +103,20 @@ def _with_average(metrics: Metrics, tasks: list[str]) -> Metrics:
     return metrics | {"average of 7/acc": parts[0] | average}
 
 
+def checkpoint_folder(checkpoint: Path) -> None:
+    """Raise UserError where a path is no folder, or is a run and not its checkpoint."""
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is no checkpoint folder: give the best/ of a run")
+    if (checkpoint / "best").is_dir():
+        raise UserError(f"{checkpoint} is a run: give {checkpoint / 'best'}")
+
+
 def spec_of(checkpoint: Path, overrides: list[str], *, needs_data: bool = True) -> Spec:
     """A spec whose model is a checkpoint, with what that remembers of the run that saved it.
 
     Raises UserError for what is no checkpoint, and where data is needed and none is known.
     """
-    if not checkpoint.is_dir():
-        raise UserError(f"{checkpoint} is no checkpoint folder: give the best/ of a run")
-    if (checkpoint / "best").is_dir():
-        raise UserError(f"{checkpoint} is a run: give {checkpoint / 'best'}")
+    checkpoint_folder(checkpoint)
     raw: dict[str, Any] = {}
     facts = checkpoint / SPARSITY_FILE
     if facts.is_file():

