@@ -228,7 +228,7 @@ def complete_folder(destination: Path) -> Iterator[Path]:
 def is_carried(name: str) -> bool:
     """Whether a file of this relative path goes along: no weights, nothing hidden or outside."""
     hidden = any(not part or part.startswith(".") for part in name.split("/"))
-    plain = name.isprintable() and "\\" not in name and not hidden
+    plain = name.isprintable() and "\\" not in name and len(name) < 256 and not hidden
     return plain and name not in (MANIFEST, WEIGHTS) and not _LEFT_OUT.fullmatch(name.lower())
 
 

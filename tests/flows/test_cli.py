@@ -41,7 +41,7 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "search", "prune", "compare", "check", "evaluate", "report"]
+    "command", ["", "search", "prune", "compare", "check", "evaluate", "pack", "report"]
 )
 def test_help_imports_nothing_heavy(command: str) -> None:
     done = subprocess.run(

@@ -1,5 +1,6 @@
 """Specs and trial results as a driver would have them, without a model."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,17 @@ def make_result(make_spec: Callable[..., Spec]) -> Callable[..., TrialResult]:
         return complete.model_copy(update=more)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def packed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed folder beside its dense one; do not write to it."""
+    from tests.infra.packed_folders import write_packed
+
+    return write_packed(tmp_path_factory.mktemp("packed"))
+
+
+@pytest.fixture
+def packed(packed_once: Path, tmp_path: Path) -> Path:
+    """One to spoil."""
+    return Path(shutil.copytree(packed_once, tmp_path / "packed"))
