@@ -1,8 +1,10 @@
 """Engines: ways to run a pruned model's linear layers, and how a model is converted to one.
 
-from tasks.engines import convert
+    from tasks.engines import convert
 
-records = convert(model, "bitmask", use="decode")  # in place; then model.generate(...) as usual
+    records = convert(model, "bitmask", use="decode")  # in place
+
+and then model(...) or model.generate(...) as usual.
 """
 
 from __future__ import annotations
@@ -16,10 +18,15 @@ from transformers.pytorch_utils import Conv1D
 
 from infra.errors import UserError
 from tasks.engines.base import EncodedLinear, Engine, Use
+from tasks.engines.bitmask import Bitmask
+from tasks.engines.decode_gpu import Deltas
 from tasks.engines.dense import Dense, OneDNN
+from tasks.engines.semi_structured import SemiStructured
 
 # An engine is added by a class and its place here.
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (Dense(), OneDNN())}
+ENGINES: dict[str, Engine] = {
+    engine.name: engine for engine in (Dense(), OneDNN(), Bitmask(), Deltas(), SemiStructured())
+}
 
 
 @dataclass(frozen=True, kw_only=True)

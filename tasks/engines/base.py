@@ -1,8 +1,10 @@
 """What an engine is: it says whether it can run a layer, and makes the module that runs it.
 
-engine = ENGINES["bitmask"]
-engine.refusal(weight.device, weight.dtype, "unstructured", weight.shape)  # "" or why not
-layer = engine.encode(weight, bias)  # an EncodedLinear, called like nn.Linear
+    engine = ENGINES["bitmask"]
+    engine.refusal(weight.device, weight.dtype, "unstructured", weight.shape)  # "" or why not
+    layer = engine.encode(weight, bias)  # called like nn.Linear
+
+Engines are made without a compiler and without a GPU; what they lack, `refusal` says.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class EncodedLinear(nn.Module):
 
 
 class Engine(ABC):
-    """One way to run linear layers. Importing and constructing one needs no compiler and no GPU."""
+    """One way to run linear layers."""
 
     name: str
     baseline = False  # it multiplies by zeros as well: what the others are compared with

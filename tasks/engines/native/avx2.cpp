@@ -1,0 +1,70 @@
+// The kernels for AVX2 with FMA and POPCNT: values are spread by a table look-up of 8 mask bits.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "matrix.h"
+#define WIDTH 8
+#define PLACE 32  // bytes of a table's entry: one shift less for each look-up
+
+namespace {
+
+using Vector = __m256;
+
+struct Tables {
+  alignas(32) int8_t bytes[256][32];   // for pshufb: a bf16 value becomes the float of its lane
+  alignas(32) int32_t lanes[256][8];    // for vpermps: which value goes to the lane, or -1
+  alignas(32) uint8_t columns[256][8];  // the set bits
+  constexpr Tables() : bytes(), lanes(), columns() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int value = 0;
+      for (int lane = 0; lane < 8; ++lane) {
+        const bool here = (mask >> lane) & 1;
+        bytes[mask][4 * lane] = bytes[mask][4 * lane + 1] = -1;
+        bytes[mask][4 * lane + 2] = int8_t(here ? 2 * value : -1);
+        bytes[mask][4 * lane + 3] = int8_t(here ? 2 * value + 1 : -1);
+        lanes[mask][lane] = here ? value : -1;
+        if (here) columns[mask][value++] = uint8_t(lane);
+      }
+    }
+  }
+};
+constexpr Tables TABLES;
+
+inline __m256i entry(const void* table, size_t place) {
+  return _mm256_load_si256(
+      reinterpret_cast<const __m256i*>(static_cast<const uint8_t*>(table) + place));
+}
+
+template <class E>
+Vector widen(const uint8_t* values) {
+  if (sizeof(E) == 4) return _mm256_loadu_ps(reinterpret_cast<const float*>(values));
+  const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
+}
+
+template <class E>
+inline Vector expand(const uint8_t* values, size_t place) {
+  if (sizeof(E) == 4) {
+    const __m256i lanes = entry(TABLES.lanes, place);
+    const __m256 packed = _mm256_loadu_ps(reinterpret_cast<const float*>(values));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(packed, lanes), _mm256_setzero_ps(),
+                            _mm256_castsi256_ps(lanes));
+  }
+  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  return _mm256_castsi256_ps(
+      _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(packed), entry(TABLES.bytes, place)));
+}
+
+inline void list_columns(unsigned mask, int first, uint32_t scale, uint32_t* places) {
+  const auto* entry = reinterpret_cast<const __m128i*>(TABLES.columns[mask]);
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(entry));
+  const __m256i columns = _mm256_add_epi32(lanes, _mm256_set1_epi32(first));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(places),
+                      _mm256_mullo_epi32(columns, _mm256_set1_epi32(int(scale))));
+}
+
+}  // namespace
+
+#include "kernels.h"
+const Kernels avx2_kernels = KERNELS;
+#endif

@@ -1,0 +1,48 @@
+// The kernels for AVX-512 F, BW, DQ, VL and VBMI2: values are spread by vexpandps and vpexpandw.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "matrix.h"
+#define WIDTH 16
+#define PLACE 1
+
+namespace {
+
+using Vector = __m512;
+
+template <class E>
+Vector widen(const uint8_t* values) {
+  if (sizeof(E) == 4) return _mm512_loadu_ps(values);
+  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+}
+
+// Zen 4 makes a zero-masked expand wait for the old content of its destination. A register that the
+// compiler cannot know to be zero is cleared first, and the expand merges into it.
+template <class E>
+inline Vector expand(const uint8_t* values, size_t mask) {
+  if (sizeof(E) == 4) {
+    __m512 cleared = _mm512_setzero_ps();
+    __asm__("" : "+v"(cleared));
+    return _mm512_mask_expand_ps(cleared, __mmask16(mask), _mm512_loadu_ps(values));
+  }
+  __m256i cleared = _mm256_setzero_si256();
+  __asm__("" : "+v"(cleared));
+  const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  const __m256i narrow = _mm256_mask_expand_epi16(cleared, __mmask16(mask), packed);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+}
+
+inline void list_columns(unsigned mask, int first, uint32_t scale, uint32_t* places) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i columns = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+  const __m512i scaled = _mm512_mullo_epi32(columns, _mm512_set1_epi32(int(scale)));
+  // Compressed in a register: compressing to memory is microcode on Zen 4.
+  _mm512_storeu_si512(places, _mm512_maskz_compress_epi32(__mmask16(mask), scaled));
+}
+
+}  // namespace
+
+#include "kernels.h"
+const Kernels avx512_kernels = KERNELS;
+#endif

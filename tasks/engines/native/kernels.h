@@ -1,0 +1,248 @@
+// What is done with a bitmask matrix, written once over vectors of WIDTH floats. Before including it
+// a file defines WIDTH; expand<E>(values, place), which spreads the values over the lanes that a mask
+// of WIDTH bits names and clears the others, place being PLACE * the mask; and
+// list_columns(mask, first, scale, places), which writes scale * (first + the number of a set bit) for
+// each, and may write up to WIDTH entries.
+//
+// No templates of the standard library here: the linker keeps one copy of them for all files, and
+// it may be one that uses instructions which this processor lacks.
+#pragma once
+#include <cstdlib>
+
+namespace {
+
+using Loose = float __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+
+inline Vector load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
+inline void store(float* to, Vector value) { *reinterpret_cast<Loose*>(to) = value; }
+inline int count(uint64_t mask) { return __builtin_popcountll(mask); }
+
+inline unsigned part_of_mask(const uint8_t* mask, int part) {
+  if (WIDTH == 4) return (mask[part / 2] >> (4 * (part & 1))) & 15;
+  if (WIDTH == 8) return mask[part];
+  uint16_t bits;
+  memcpy(&bits, mask + 2 * part, sizeof bits);
+  return bits;
+}
+
+// Decode: the weights are spread to vectors along the columns and used for up to TOKENS tokens.
+// Four rows go side by side so that x is loaded once for them and the sums do not wait for
+// each other.
+template <class E, int TOKENS>
+void decode_group(const Matrix& matrix, int64_t group, const float* x, int64_t token,
+                  const Output& out) {
+  const int64_t blocks = matrix.blocks();
+  const uint8_t* from = matrix.stream + matrix.offsets[group];
+  x += token * blocks * BLOCK;
+  Vector sums[GROUP][TOKENS] = {};
+  for (int64_t block = 0; block < blocks; ++block) {
+    const uint8_t* masks = from;
+    const uint8_t* values[GROUP];
+    from += MASKS_BYTES;
+    for (int row = 0; row < GROUP; ++row) {
+      values[row] = from;
+      from += sizeof(E) * count(load64(masks + 8 * row));
+    }
+#pragma GCC unroll 4
+    for (int part = 0; part < BLOCK / WIDTH; ++part) {
+      Vector inputs[TOKENS];
+#pragma GCC unroll 4
+      for (int i = 0; i < TOKENS; ++i)
+        inputs[i] = load(x + (i * blocks + block) * BLOCK + part * WIDTH);
+#pragma GCC unroll 4
+      for (int row = 0; row < GROUP; ++row) {
+        const size_t place = part_of_mask(masks + 8 * row, part) * size_t(PLACE);
+        const Vector weights = expand<E>(values[row], place);
+        values[row] += sizeof(E) * count(place);
+#pragma GCC unroll 4
+        for (int i = 0; i < TOKENS; ++i) sums[row][i] += weights * inputs[i];
+      }
+    }
+  }
+  for (int row = 0; row < GROUP && group * GROUP + row < matrix.rows; ++row)
+    for (int i = 0; i < TOKENS; ++i) {
+      float sum = 0;
+      for (int lane = 0; lane < WIDTH; ++lane) sum += sums[row][i][lane];
+      store_output<E>(out, token + i, group * GROUP + row, sum);
+    }
+}
+
+template <class E>
+void decode(const Matrix& matrix, const float* x, int64_t tokens, const Output& out, int64_t first,
+            int64_t last) {
+  for (int64_t group = first; group < last; ++group)
+    for (int64_t token = 0; token < tokens;) {  // the group's stream is in the cache after the first
+      const int64_t left = tokens - token;
+      if (left == 1) decode_group<E, 1>(matrix, group, x, token, out), token += 1;
+      else if (left == 2) decode_group<E, 2>(matrix, group, x, token, out), token += 2;
+      else if (left == 3) decode_group<E, 3>(matrix, group, x, token, out), token += 3;
+      else decode_group<E, 4>(matrix, group, x, token, out), token += 4;
+    }
+}
+
+// Whole again: rows of a group into a dense matrix, for a dense kernel or a reader.
+template <class E>
+void store_weights(E* to, Vector weights) {
+  if (sizeof(E) == 4) return store(reinterpret_cast<float*>(to), weights);
+  using Bits = uint32_t __attribute__((vector_size(WIDTH * 4)));
+  using Halves = bf16 __attribute__((vector_size(WIDTH * 2)));
+  const Halves halves = __builtin_convertvector((Bits)weights >> 16, Halves);
+  memcpy(to, &halves, sizeof halves);
+}
+
+template <class E>
+void expand_group(const Matrix& matrix, int64_t group, E* dense) {
+  const uint8_t* from = matrix.stream + matrix.offsets[group];
+  for (int64_t first = 0; first < matrix.columns; first += BLOCK) {
+    const uint8_t* masks = from;
+    from += MASKS_BYTES;
+    const int64_t width = matrix.columns - first < BLOCK ? matrix.columns - first : BLOCK;
+    for (int row = 0; row < GROUP && group * GROUP + row < matrix.rows; ++row, masks += 8) {
+      E whole[BLOCK];
+      E* to = dense + row * matrix.columns + first;
+      for (int part = 0; part < BLOCK / WIDTH; ++part) {
+        const size_t place = part_of_mask(masks, part) * size_t(PLACE);
+        store_weights((width == BLOCK ? to : whole) + part * WIDTH, expand<E>(from, place));
+        from += sizeof(E) * count(place);
+      }
+      if (width < BLOCK) memcpy(to, whole, width * sizeof(E));
+    }
+  }
+}
+
+template <class E>
+void expand_groups(const Matrix& matrix, int64_t first, int64_t last, void* dense) {
+  for (int64_t group = first; group < last; ++group)
+    expand_group(matrix, group, static_cast<E*>(dense) + (group - first) * GROUP * matrix.columns);
+}
+
+// Prefill: zeros are skipped. For ROWS_AT_ONCE rows and a block of columns the nonzeros are listed
+// once, then each is broadcast over PANEL vectors of tokens, whose inputs for the block stay in L1.
+constexpr int ROWS_AT_ONCE = 128, STRIDE = BLOCK + 2 * WIDTH;
+
+struct Row {
+  float weights[STRIDE];
+  uint32_t places[STRIDE];  // of their inputs, in floats from the block's first
+};
+
+struct Lists {
+  Row rows[ROWS_AT_ONCE + 1];       // the last one is empty
+  int counts[ROWS_AT_ONCE + 1];
+  uint8_t order[ROWS_AT_ONCE + 8];  // rows by count: loops of equal length are predicted
+};
+
+template <class E>
+const uint8_t* list_group(const uint8_t* from, uint32_t scale, int row, Lists& lists) {
+  const uint8_t* masks = from;
+  from += MASKS_BYTES;
+  for (int end = row + GROUP; row < end; ++row, masks += 8) {
+    int listed = 0;
+    for (int part = 0; part < BLOCK / WIDTH; ++part) {
+      const unsigned mask = part_of_mask(masks, part);
+      list_columns(mask, part * WIDTH, scale, lists.rows[row].places + listed);
+      listed += count(mask);
+    }
+    for (int i = 0; i < 32 || i < listed; i += WIDTH)  // most blocks have fewer: no misprediction
+      store(lists.rows[row].weights + i, widen<E>(from + i * sizeof(E)));
+    lists.counts[row] = listed;
+    from += listed * sizeof(E);
+  }
+  return from;
+}
+
+// Sorts the rows by count, and makes `together` neighbours equally long with zero weights.
+void order_rows(int rows, int together, Lists& lists) {
+  uint8_t ends[BLOCK + 2] = {};
+  for (int row = 0; row < rows; ++row) ++ends[lists.counts[row] + 1];
+  for (int i = 1; i <= BLOCK; ++i) ends[i] += ends[i - 1];
+  for (int row = 0; row < rows; ++row) lists.order[ends[lists.counts[row]]++] = uint8_t(row);
+  for (int i = rows; i % together; ++i) lists.order[i] = ROWS_AT_ONCE;
+  for (int i = 0; i < rows; i += together) {
+    int longest = 0;
+    for (int j = i; j < i + together; ++j)
+      if (lists.counts[lists.order[j]] > longest) longest = lists.counts[lists.order[j]];
+    for (int j = i; j < i + together; ++j)
+      for (int k = lists.counts[lists.order[j]]; k < longest; ++k) {
+        lists.rows[lists.order[j]].weights[k] = 0;
+        lists.rows[lists.order[j]].places[k] = 0;
+      }
+    lists.counts[lists.order[i]] = longest;
+  }
+}
+
+template <int PANEL, int TOGETHER>
+void multiply(const Lists& lists, int rows, const float* x, float* sums, int64_t stride) {
+  for (int i = 0; i < rows; i += TOGETHER) {
+    const uint8_t* order = lists.order + i;
+    const int length = lists.counts[order[0]];
+    const Row* row[TOGETHER];
+    Vector sum[TOGETHER][PANEL];
+#pragma GCC unroll 8
+    for (int r = 0; r < TOGETHER; ++r) row[r] = lists.rows + order[r];
+#pragma GCC unroll 8
+    for (int r = 0; r < TOGETHER; ++r)
+#pragma GCC unroll 8
+      for (int p = 0; p < PANEL; ++p) sum[r][p] = load(sums + order[r] * stride + p * WIDTH);
+    for (int k = 0; k < length; ++k) {
+#pragma GCC unroll 8
+      for (int r = 0; r < TOGETHER; ++r) {
+        const Vector weight = row[r]->weights[k] - Vector{};
+        const float* inputs = x + row[r]->places[k];
+#pragma GCC unroll 8
+        for (int p = 0; p < PANEL; ++p) sum[r][p] += weight * load(inputs + p * WIDTH);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < TOGETHER; ++r)
+#pragma GCC unroll 8
+      for (int p = 0; p < PANEL; ++p) store(sums + order[r] * stride + p * WIDTH, sum[r][p]);
+  }
+}
+
+struct Variant {
+  void (*multiply)(const Lists&, int rows, const float* x, float* sums, int64_t stride);
+  int together;
+};
+constexpr Variant VARIANTS[] = {
+    {multiply<1, 8>, 8}, {multiply<2, 4>, 4}, {multiply<3, 2>, 2}, {multiply<4, 2>, 2},
+    {multiply<5, 1>, 1}, {multiply<6, 1>, 1}, {multiply<7, 1>, 1}, {multiply<8, 1>, 1}};
+
+template <class E>
+bool prefill(const Matrix& matrix, const float* x, int64_t apart, int panel, int panels,
+             int64_t tokens, const Output& out, int64_t first, int64_t last) {
+  const Variant variant = VARIANTS[panel - 1];
+  const int64_t step = panel * WIDTH, stride = step * panels;
+  auto* lists = static_cast<Lists*>(malloc(sizeof(Lists)));
+  auto* sums = static_cast<float*>(malloc((ROWS_AT_ONCE + 1) * stride * sizeof(float)));
+  const bool ready = lists && sums;
+  for (; ready && first < last; first += ROWS_AT_ONCE / GROUP) {
+    const int64_t end = last < first + ROWS_AT_ONCE / GROUP ? last : first + ROWS_AT_ONCE / GROUP;
+    const int rows = int(end - first) * GROUP;
+    const uint8_t* from[ROWS_AT_ONCE / GROUP];
+    for (int64_t group = first; group < end; ++group)
+      from[group - first] = matrix.stream + matrix.offsets[group];
+    memset(sums, 0, (ROWS_AT_ONCE + 1) * stride * sizeof(float));
+    lists->counts[ROWS_AT_ONCE] = 0;
+    for (int64_t block = 0; block < matrix.blocks(); ++block) {
+      for (int64_t group = 0; group < end - first; ++group) {
+        from[group] = list_group<E>(from[group], uint32_t(step), int(group) * GROUP, *lists);
+        __builtin_prefetch(from[group] + 256);
+      }
+      order_rows(rows, variant.together, *lists);
+      for (int i = 0; i < panels; ++i)
+        variant.multiply(*lists, rows, x + i * apart + block * BLOCK * step, sums + i * step, stride);
+    }
+    for (int64_t token = 0; token < tokens; ++token)
+      for (int row = 0; row < rows && first * GROUP + row < matrix.rows; ++row)
+        store_output<E>(out, token, first * GROUP + row, sums[row * stride + token]);
+  }
+  free(lists);
+  free(sums);
+  return ready;
+}
+
+}  // namespace
+
+#define KERNELS                                                            \
+  {WIDTH, WIDTH == 16 ? 4 : 8, {decode<bf16>, decode<float>}, {prefill<bf16>, prefill<float>}, \
+   {expand_groups<bf16>, expand_groups<float>}}

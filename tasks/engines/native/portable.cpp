@@ -1,0 +1,44 @@
+// The kernels for any processor, in whatever vectors of 16 bytes it has.
+#include "matrix.h"
+#define WIDTH 4
+#define PLACE 1
+
+namespace {
+
+using Vector = float __attribute__((vector_size(WIDTH * 4)));
+
+template <class E>
+Vector widen(const uint8_t* values) {
+  Vector wide = {};
+  for (int lane = 0; lane < WIDTH; ++lane) {
+    E value;
+    memcpy(&value, values + lane * sizeof(E), sizeof value);
+    wide[lane] = to_float(value);
+  }
+  return wide;
+}
+
+template <class E>
+Vector expand(const uint8_t* values, size_t mask) {
+  Vector spread = {};
+  for (int lane = 0; lane < WIDTH; ++lane) {
+    E value;
+    memcpy(&value, values, sizeof value);
+    const unsigned here = (mask >> lane) & 1;
+    spread[lane] = here ? to_float(value) : 0.0f;
+    values += here * sizeof(E);
+  }
+  return spread;
+}
+
+void list_columns(unsigned mask, int first, uint32_t scale, uint32_t* places) {
+  for (int lane = 0; lane < WIDTH; ++lane) {
+    *places = uint32_t(first + lane) * scale;
+    places += (mask >> lane) & 1;
+  }
+}
+
+}  // namespace
+
+#include "kernels.h"
+const Kernels portable_kernels = KERNELS;
