@@ -79,7 +79,7 @@ def test_rows_of_unlike_density_and_far_columns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "bound"), [(0.5, 1.31), (0.6, 1.06), (0.7, 0.81), (0.8, 0.58)]
+    ("sparsity", "bound"), [(0.5, 1.34), (0.6, 1.08), (0.7, 0.83), (0.8, 0.60)]
 )
 def test_bytes_per_weight(sparsity: float, bound: float) -> None:
     weight = sparse(64, 4096, sparsity)
@@ -120,7 +120,7 @@ def check(device: str, dtype: torch.dtype, rows: int, columns: int, sparsity: fl
     bias = torch.randn(rows, device=device).to(dtype)
     layer = DeltaLinear(weight, bias)
     assert torch.equal(layer.weight, weight)
-    for tokens in (1, 2, 3, 6, 16) if device == "cuda" else (1, 2, 5):
+    for tokens in (1, 2, 3, 6, 16) if device == "cuda" else (1, 2, 3):
         x = torch.randn(tokens, 2, columns, device=device).to(dtype)[:, -1]
         exact = F.linear(x.double(), weight.double(), bias.double())
         near = (layer(x).double() - exact).norm() / exact.norm()
@@ -129,8 +129,8 @@ def check(device: str, dtype: torch.dtype, rows: int, columns: int, sparsity: fl
     assert torch.equal(layer(x), F.linear(x, weight, bias))
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_kernels_interpreted(dtype: torch.dtype) -> None:
+@pytest.mark.timeout(300)
+def test_kernels_interpreted() -> None:
     """In a process of its own: Triton reads the variable when it is imported."""
     pytest.importorskip("triton")
     code = (
@@ -138,8 +138,8 @@ def test_kernels_interpreted(dtype: torch.dtype) -> None:
         "sys.path.insert(0, 'tests/tasks')\n"
         "from test_gpu_engines import check\n"
         "torch.manual_seed(0)\n"
-        f"check('cpu', {dtype}, 17, 150, 0.7)\n"
-        f"check('cpu', {dtype}, 5, 70, 0.95)\n"
+        "for dtype in (torch.bfloat16, torch.float16):\n"
+        "    check('cpu', dtype, 17, 90, 0.5)\n"  # two groups, lanes of more than 16 entries
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
