@@ -14,8 +14,8 @@ then four words of two values; words past the end of the lanes are left out.
 Bytes per weight with random zeros; dense is 2:
 
     in          50 %   60 %   70 %   80 %
-    4096        1.30   1.05   0.80   0.57
-    11008       1.27   1.02   0.77   0.54
+    4096        1.30   1.06   0.81   0.58
+    11008       1.28   1.03   0.78   0.54
 
 More than 16 tokens: the weight is expanded to a dense one for the time of the call and multiplied
 by cuBLAS, so that no dense copy stays in memory. That never gains: unstructured zeros do not help
