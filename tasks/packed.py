@@ -99,7 +99,7 @@ def pack(folder: Path, destination: Path) -> PackedSizes:
             else:
                 mask = items != 0
                 yield f"{name}.bits", np.packbits(mask, bitorder="little")
-                yield f"{name}.values", items[mask]
+                yield f"{name}.values", items[np.flatnonzero(mask)]
 
     with complete_folder(destination) as made:
         write_safetensors(made / WEIGHTS, header_of(tensors, folder), parts())
