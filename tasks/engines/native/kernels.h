@@ -43,7 +43,7 @@ void decode_group(const Matrix& matrix, int64_t group, const float* x, int64_t t
       values[row] = from;
       from += sizeof(E) * count(load64(masks + 8 * row));
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int part = 0; part < BLOCK / WIDTH; ++part) {
       Vector inputs[TOKENS];
 #pragma GCC unroll 4
