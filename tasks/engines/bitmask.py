@@ -162,20 +162,16 @@ class Bitmask(Engine):
 def _kernels() -> ctypes.CDLL:
     library = native_library()
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    matrix = [size, size, number]
+    matrix = (size, size, number)
     library.sparseramp_measure.argtypes = [pointer, *matrix, pointer]
     library.sparseramp_measure.restype = size
     library.sparseramp_encode.argtypes = [pointer, *matrix, pointer, pointer]
     library.sparseramp_encode.restype = None
-    library.sparseramp_expand.argtypes = [
-        *[number, number, pointer, pointer, *matrix],
-        *[size, size, pointer],
-    ]
+    held = (number, number, pointer, pointer, *matrix)
+    library.sparseramp_expand.argtypes = [*held, size, size, pointer]
     library.sparseramp_expand.restype = None
-    library.sparseramp_linear.argtypes = [
-        *[number, number, number, pointer, pointer, *matrix],
-        *[pointer, size, size, pointer, pointer],
-    ]
+    inputs = (pointer, size, size)
+    library.sparseramp_linear.argtypes = [number, *held, *inputs, pointer, pointer]
     return library
 
 

@@ -18,17 +18,18 @@ Vector widen(const uint8_t* values) {
 }
 
 // Zen 4 makes a zero-masked expand wait for the old content of its destination. A register that the
-// compiler cannot know to be zero is cleared first, and the expand merges into it.
+// compiler cannot know to be zero is cleared first, and the expand merges into it, from a
+// register as compressing does.
 template <class E>
 inline Vector expand(const uint8_t* values, size_t mask) {
   if (sizeof(E) == 4) {
-    __m512 cleared = _mm512_setzero_ps();
-    __asm__("" : "+v"(cleared));
-    return _mm512_mask_expand_ps(cleared, __mmask16(mask), _mm512_loadu_ps(values));
+    __m512 cleared = _mm512_setzero_ps(), packed = _mm512_loadu_ps(values);
+    __asm__("" : "+v"(cleared), "+v"(packed));
+    return _mm512_mask_expand_ps(cleared, __mmask16(mask), packed);
   }
   __m256i cleared = _mm256_setzero_si256();
-  __asm__("" : "+v"(cleared));
-  const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  __asm__("" : "+v"(cleared), "+v"(packed));
   const __m256i narrow = _mm256_mask_expand_epi16(cleared, __mmask16(mask), packed);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
 }

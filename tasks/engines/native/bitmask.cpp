@@ -1,8 +1,6 @@
 // The C interface of the bitmask engine: encode a matrix, multiply by it, expand it again.
 //
 //   g++ -O3 -fPIC -shared -fopenmp ...  (tasks/engines/build.py)
-#include <cstdlib>
-
 #include "matrix.h"
 #if defined(_OPENMP)
 #include <omp.h>
@@ -86,7 +84,7 @@ void transpose_inputs(const E* x, int64_t x_stride, int64_t tokens, int64_t step
 template <class E>
 bool run_decode(const Kernels& kernels, const Matrix& matrix, const E* x, int64_t x_stride,
                 int64_t tokens, const Output& out, int threads) {
-  auto* inputs = static_cast<float*>(malloc(tokens * matrix.blocks() * BLOCK * sizeof(float)));
+  auto* inputs = allocate<float>(tokens * matrix.blocks() * BLOCK);
   if (!inputs) return false;
   widen_inputs(x, x_stride, tokens, matrix, inputs);
   in_parallel(threads, [&](int64_t part, int64_t parts) {
@@ -110,7 +108,7 @@ bool run_prefill(const Kernels& kernels, const Matrix& matrix, const E* x, int64
     const int panels = int((vectors + kernels.max_panel - 1) / kernels.max_panel);
     const int panel = int((vectors + panels - 1) / panels);
     const int64_t step = panel * kernels.width, apart = matrix.columns * step;
-    if (!inputs) inputs = static_cast<float*>(malloc(panels * apart * sizeof(float)));
+    if (!inputs) inputs = allocate<float>(panels * apart);
     if (!inputs) return false;
     in_parallel(threads, [&](int64_t part, int64_t parts) {
       for (int i = 0; i < panels; ++i)

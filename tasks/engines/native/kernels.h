@@ -7,7 +7,6 @@
 // No templates of the standard library here: the linker keeps one copy of them for all files, and
 // it may be one that uses instructions which this processor lacks.
 #pragma once
-#include <cstdlib>
 
 namespace {
 
@@ -171,18 +170,22 @@ void order_rows(int rows, int together, Lists& lists) {
 }
 
 template <int PANEL, int TOGETHER>
-void multiply(const Lists& lists, int rows, const float* x, float* sums, int64_t stride) {
+void multiply(const Lists& lists, int rows, const float* x, float* sums) {
   for (int i = 0; i < rows; i += TOGETHER) {
     const uint8_t* order = lists.order + i;
     const int length = lists.counts[order[0]];
     const Row* row[TOGETHER];
+    float* kept[TOGETHER];
     Vector sum[TOGETHER][PANEL];
 #pragma GCC unroll 8
-    for (int r = 0; r < TOGETHER; ++r) row[r] = lists.rows + order[r];
+    for (int r = 0; r < TOGETHER; ++r) {
+      row[r] = lists.rows + order[r];
+      kept[r] = sums + order[r] * PANEL * WIDTH;
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < TOGETHER; ++r)
 #pragma GCC unroll 8
-      for (int p = 0; p < PANEL; ++p) sum[r][p] = load(sums + order[r] * stride + p * WIDTH);
+      for (int p = 0; p < PANEL; ++p) sum[r][p] = load(kept[r] + p * WIDTH);
     for (int k = 0; k < length; ++k) {
 #pragma GCC unroll 8
       for (int r = 0; r < TOGETHER; ++r) {
@@ -195,12 +198,12 @@ void multiply(const Lists& lists, int rows, const float* x, float* sums, int64_t
 #pragma GCC unroll 8
     for (int r = 0; r < TOGETHER; ++r)
 #pragma GCC unroll 8
-      for (int p = 0; p < PANEL; ++p) store(sums + order[r] * stride + p * WIDTH, sum[r][p]);
+      for (int p = 0; p < PANEL; ++p) store(kept[r] + p * WIDTH, sum[r][p]);
   }
 }
 
 struct Variant {
-  void (*multiply)(const Lists&, int rows, const float* x, float* sums, int64_t stride);
+  void (*multiply)(const Lists&, int rows, const float* x, float* sums);
   int together;
 };
 constexpr Variant VARIANTS[] = {
@@ -211,9 +214,9 @@ template <class E>
 bool prefill(const Matrix& matrix, const float* x, int64_t apart, int panel, int panels,
              int64_t tokens, const Output& out, int64_t first, int64_t last) {
   const Variant variant = VARIANTS[panel - 1];
-  const int64_t step = panel * WIDTH, stride = step * panels;
-  auto* lists = static_cast<Lists*>(malloc(sizeof(Lists)));
-  auto* sums = static_cast<float*>(malloc((ROWS_AT_ONCE + 1) * stride * sizeof(float)));
+  const int64_t step = panel * WIDTH, apart_sums = (ROWS_AT_ONCE + 1) * step;
+  auto* lists = allocate<Lists>(1);
+  auto* sums = allocate<float>(panels * apart_sums);  // panels x rows x step
   const bool ready = lists && sums;
   for (; ready && first < last; first += ROWS_AT_ONCE / GROUP) {
     const int64_t end = last < first + ROWS_AT_ONCE / GROUP ? last : first + ROWS_AT_ONCE / GROUP;
@@ -221,7 +224,7 @@ bool prefill(const Matrix& matrix, const float* x, int64_t apart, int panel, int
     const uint8_t* from[ROWS_AT_ONCE / GROUP];
     for (int64_t group = first; group < end; ++group)
       from[group - first] = matrix.stream + matrix.offsets[group];
-    memset(sums, 0, (ROWS_AT_ONCE + 1) * stride * sizeof(float));
+    memset(sums, 0, panels * apart_sums * sizeof(float));
     lists->counts[ROWS_AT_ONCE] = 0;
     for (int64_t block = 0; block < matrix.blocks(); ++block) {
       for (int64_t group = 0; group < end - first; ++group) {
@@ -230,11 +233,12 @@ bool prefill(const Matrix& matrix, const float* x, int64_t apart, int panel, int
       }
       order_rows(rows, variant.together, *lists);
       for (int i = 0; i < panels; ++i)
-        variant.multiply(*lists, rows, x + i * apart + block * BLOCK * step, sums + i * step, stride);
+        variant.multiply(*lists, rows, x + i * apart + block * BLOCK * step, sums + i * apart_sums);
     }
     for (int64_t token = 0; token < tokens; ++token)
       for (int row = 0; row < rows && first * GROUP + row < matrix.rows; ++row)
-        store_output<E>(out, token, first * GROUP + row, sums[row * stride + token]);
+        store_output<E>(out, token, first * GROUP + row,
+                        sums[token / step * apart_sums + row * step + token % step]);
   }
   free(lists);
   free(sums);

@@ -6,6 +6,7 @@
 // end. Kernels read up to PADDING bytes behind the end and use none of them.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 constexpr int GROUP = 4, BLOCK = 64, MASKS_BYTES = GROUP * BLOCK / 8, PADDING = 128;
@@ -47,6 +48,12 @@ extern const Kernels avx2_kernels, avx512_kernels;
 
 // Everything below is compiled once per instruction set and must not be shared between them.
 namespace {
+
+// To be freed by free(). A vector that straddles two cache lines costs two loads.
+template <class T>
+T* allocate(int64_t count) {
+  return static_cast<T*>(aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
+}
 
 inline uint64_t load64(const uint8_t* from) {
   uint64_t word;
