@@ -119,8 +119,10 @@ def _skips_from(dtype: torch.dtype, num_tokens: int) -> float:
     """The sparsity from which skipping zeros beats a dense kernel on the expanded matrix."""
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return 0.0  # torch's own bf16 product is slower than any of this
+    if ISAS[_isa()] != "avx512":
+        return 0.50
     if num_tokens <= 64:
-        return 0.65 if ISAS[_isa()] == "avx2" else 0.80
+        return 0.80
     return 0.45 if dtype == torch.float32 else 0.55
 
 
@@ -148,10 +150,10 @@ class Bitmask(Engine):
         return ""
 
     def break_even(self, dtype: torch.dtype, use: Use) -> float:
-        """Measured by tests/bench/engines.py."""
-        if use == "decode":
-            return 0.40
-        return max(0.40, _skips_from(dtype, 256))
+        """AVX2's by tests/bench/engines.py on Zen 3, AVX-512's by a prototype on Zen 4."""
+        if use == "prefill":
+            return max(0.40, _skips_from(dtype, 256))
+        return 0.60 if dtype == torch.float32 and ISAS[_isa()] != "avx512" else 0.40
 
     def encode(self, weight: Tensor, bias: Tensor | None) -> EncodedLinear:
         """A layer with the stream of the weight."""

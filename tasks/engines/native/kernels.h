@@ -41,6 +41,8 @@ void decode_group(const Matrix& matrix, int64_t group, const float* x, int64_t t
     for (int row = 0; row < GROUP; ++row) {
       values[row] = from;
       from += sizeof(E) * count(load64(masks + 8 * row));
+      for (unsigned line = 0; line < sizeof(E) / 2; ++line)  // 6 to 10 % faster from DRAM on Zen 3
+        __builtin_prefetch(values[row] + 1536 + 64 * line);
     }
 #pragma GCC unroll 8
     for (int part = 0; part < BLOCK / WIDTH; ++part) {
