@@ -1,5 +1,5 @@
-// Runs every kernel of this processor over random shapes, in heap blocks of exactly the size that the
-// interface asks for, against sums in double. Built with sanitizers by test_engines.py:
+// Runs every kernel of this processor over random shapes, in heap blocks of exactly the size that
+// the interface asks for, against sums in double. Built with sanitizers by test_engines.py:
 //
 //   g++ -fsanitize=address,undefined ... bitmask_driver.cpp tasks/engines/native/*.cpp
 #include <cmath>

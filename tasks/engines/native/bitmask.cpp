@@ -169,8 +169,9 @@ int64_t sparseramp_measure(const void* dense, int64_t rows, int64_t columns, int
   for (int64_t group = 0; group < matrix.groups(); ++group) {
     int64_t nonzeros = 0;
     for (int64_t row = group * GROUP; row < rows && row < (group + 1) * GROUP; ++row)
-      nonzeros += bytes == 2 ? count_nonzeros(static_cast<const bf16*>(dense) + row * columns, columns)
-                             : count_nonzeros(static_cast<const float*>(dense) + row * columns, columns);
+      nonzeros += bytes == 2
+                      ? count_nonzeros(static_cast<const bf16*>(dense) + row * columns, columns)
+                      : count_nonzeros(static_cast<const float*>(dense) + row * columns, columns);
     offsets[group + 1] = offsets[group] + matrix.blocks() * MASKS_BYTES + nonzeros * bytes;
   }
   return offsets[matrix.groups()] + PADDING;
@@ -181,8 +182,10 @@ void sparseramp_encode(const void* dense, int64_t rows, int64_t columns, int byt
   for (int64_t row = 0; row < rows; row += GROUP) {
     const int height = int(rows - row < GROUP ? rows - row : GROUP);
     uint8_t* to = stream + offsets[row / GROUP];
-    if (bytes == 2) encode_group(static_cast<const bf16*>(dense) + row * columns, height, columns, to);
-    else encode_group(static_cast<const float*>(dense) + row * columns, height, columns, to);
+    if (bytes == 2)
+      encode_group(static_cast<const bf16*>(dense) + row * columns, height, columns, to);
+    else
+      encode_group(static_cast<const float*>(dense) + row * columns, height, columns, to);
   }
   memset(stream + offsets[(rows + GROUP - 1) / GROUP], 0, PADDING);
 }
@@ -203,7 +206,8 @@ void sparseramp_expand(int isa, int threads, const uint8_t* stream, const int64_
 // decode_tokens tokens by the decode kernel. Returns 0, or 1 where there is no memory. Re-entrant.
 int sparseramp_linear(int isa, int decode_tokens, int threads, const uint8_t* stream,
                       const int64_t* offsets, int64_t rows, int64_t columns, int bytes,
-                      const void* x, int64_t x_stride, int64_t tokens, const void* bias, void* out) {
+                      const void* x, int64_t x_stride, int64_t tokens, const void* bias,
+                      void* out) {
   const Matrix matrix = {stream, offsets, rows, columns};
   const Output output = {out, bias, rows};
   const bool done =

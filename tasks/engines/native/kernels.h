@@ -1,8 +1,10 @@
-// What is done with a bitmask matrix, written once over vectors of WIDTH floats. Before including it
-// a file defines WIDTH; expand<E>(values, place), which spreads the values over the lanes that a mask
-// of WIDTH bits names and clears the others, place being PLACE * the mask; and
-// list_columns(mask, first, scale, places), which writes scale * (first + the number of a set bit) for
-// each, and may write up to WIDTH entries.
+// What is done with a bitmask matrix, written once over vectors of WIDTH floats. Before including
+// it a file defines WIDTH, the type Vector and
+//   widen<E>(values), which reads WIDTH values as floats;
+//   expand<E>(values, place), which spreads the values over the lanes that a mask of WIDTH bits
+//     names and clears the others, place being PLACE * the mask;
+//   list_columns(mask, first, scale, places), which writes scale * (first + the number of the bit)
+//     for each set bit, and may write up to WIDTH entries.
 //
 // No templates of the standard library here: the linker keeps one copy of them for all files, and
 // it may be one that uses instructions which this processor lacks.
@@ -72,7 +74,7 @@ template <class E>
 void decode(const Matrix& matrix, const float* x, int64_t tokens, const Output& out, int64_t first,
             int64_t last) {
   for (int64_t group = first; group < last; ++group)
-    for (int64_t token = 0; token < tokens;) {  // the group's stream is in the cache after the first
+    for (int64_t token = 0; token < tokens;) {  // the stream is cached after the first
       const int64_t left = tokens - token;
       if (left == 1) decode_group<E, 1>(matrix, group, x, token, out), token += 1;
       else if (left == 2) decode_group<E, 2>(matrix, group, x, token, out), token += 2;

@@ -1,9 +1,9 @@
-// The bitmask layout, and what every instruction set offers (kernels.h implements it once for each).
+// The bitmask layout, and what every instruction set offers (kernels.h has it for each of them).
 //
-// Rows are taken in groups of 4, columns in blocks of 64. A group is one sequential stream: for each
-// block four 64-bit masks (bit j of mask r: row r has a value in column j), then the values of
-// row 0, 1, 2, 3 in the order of their columns. `offsets` holds where each group begins, and the
-// end. Kernels read up to PADDING bytes behind the end and use none of them.
+// Rows are taken in groups of 4, columns in blocks of 64. A group is one sequential stream: for
+// each block four 64-bit masks (bit j of mask r: row r has a value in column j), then the values
+// of row 0, 1, 2, 3 in the order of their columns. `offsets` holds where each group begins, and
+// the end. Kernels read up to PADDING bytes behind the end and use none of them.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -33,7 +33,7 @@ struct Kernels {
   // out = x W^T for the groups first..last. x: tokens x (blocks * 64) floats, zeros at the end.
   void (*decode[2])(const Matrix&, const float* x, int64_t tokens, const Output&, int64_t first,
                     int64_t last);
-  // The same for `panels` panels of tokens, each columns x (panel * width) floats and `apart` floats
+  // The same for `panels` panels of tokens, each columns x (panel * width) floats, `apart` floats
   // behind the one before it; returns false where there is no memory.
   bool (*prefill[2])(const Matrix&, const float* x, int64_t apart, int panel, int panels,
                      int64_t tokens, const Output&, int64_t first, int64_t last);
