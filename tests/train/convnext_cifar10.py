@@ -28,7 +28,12 @@ def main() -> None:
     add_options(parser, epochs=8)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    arguments: dict[str, Any] = {"patch_size": 2, "depths": DEPTHS, "kernel_sizes": 3}
+    arguments: dict[str, Any] = {
+        "patch_size": 2,
+        "depths": DEPTHS,
+        "kernel_sizes": 3,
+        "conv_mlp": False,
+    }
     arguments["dims"] = tuple(options.width // part for part in (4, 2, 1, 1))
     model: Any = timm.create_model(ARCHITECTURE, num_classes=len(CLASSES), **arguments)
     train_and_write(
