@@ -50,6 +50,7 @@ def compare(spec: Spec, *, as_json: bool = False) -> Comparison:
     console = Console(stderr=as_json, quiet=as_json, highlight=False)
     with ExitStack() as stack:
         store = stack.enter_context(RunStore.open(spec, "compare"))
+        tracking.start(store.dir, spec.tracking)
         shared = _Shared()
         todo = [cell for cell in cells if not shared.look_at(cell)]
         if todo:
@@ -181,14 +182,12 @@ class _CellView:
         self.cell, self.progress, self.task = cell, progress, task
 
     def event(self, event: Event) -> None:
-        """Show one event; MLflow gets its copy of a cell when it has ended."""
+        """Show one event."""
         kind, name = event["kind"], self.cell.name
         if kind in ("finished", "stopped"):
             reason = f"failed: {event['reason']}" if event.get("reason") else kind
             self.progress.console.print(f"{name}  {reason}", markup=False, soft_wrap=True)
             self.progress.advance(self.task)
-            if kind == "finished":
-                tracking.start(self.cell.folder, self.cell.spec.tracking, follow=False)
         else:
             what = f"trial {event['number']}" if kind == "trial" else kind
             self.progress.update(self.task, description=f"{name}  {what}")
