@@ -38,7 +38,8 @@ def percent(scores: list[float]) -> float:
 def test_a_model_of_images(tmp_path: Path) -> None:
     model = write_timm("vit", tmp_path / "model")
     write_images(tmp_path / "images")
-    best, saved = search(tmp_path, model, tmp_path / "images", model__modality="vision")
+    changed = {"model__modality": "vision", "calibration__seed": 5}
+    best, saved = search(tmp_path, model, tmp_path / "images", **changed)
     done = run("evaluate", best, "--json", cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     assert "NaN" not in done.stdout
@@ -48,7 +49,9 @@ def test_a_model_of_images(tmp_path: Path) -> None:
     assert answer["metrics"]["top1"]["mean"] == percent(saved["scores"]["top1"])
     assert answer["metrics"]["loss"]["mean"] == pytest.approx(sum(saved["losses"]) / 4)
     assert answer["metrics"]["loss"]["unit"] == "nats/image"
+    assert answer["calibration_seed"] == saved["spec"]["calibration"]["seed"] == 5
     words = run("evaluate", best, cache=tmp_path / "cache").stdout
+    assert "pruned with calibration seed 5; a report has the mean over all such seeds" in words
     assert words.count("(n = 4 images)") == 3
     assert not any(word in words for word in ("lm-eval", "perplexity", "windows", "nan"))
 
