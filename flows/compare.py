@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flows.cells import Cell, cells_of
-from flows.comparison import Comparison, write_comparison
+from flows.comparison import Comparison, row_of, write_comparison
 from flows.live import Event
 from flows.plan import (
     Results,
@@ -185,8 +185,9 @@ class _CellView:
         """Show one event."""
         kind, name = event["kind"], self.cell.name
         if kind in ("finished", "stopped"):
-            reason = f"failed: {event['reason']}" if event.get("reason") else kind
-            self.progress.console.print(f"{name}  {reason}", markup=False, soft_wrap=True)
+            row = row_of(self.cell)
+            said = kind if kind == "finished" else f"{row['state']}: {row['cause']}"
+            self.progress.console.print(f"{name}  {said}", markup=False, soft_wrap=True)
             self.progress.advance(self.task)
         else:
             what = f"trial {event['number']}" if kind == "trial" else kind
