@@ -83,16 +83,20 @@ def prune_weight(
 
     Raises TypeError for what is none of these, and UserError for values that do not fit.
     """
-    tensors = {"weight": weight, "inputs": inputs}
-    for name, value in (tensors if gradient is None else tensors | {"gradient": gradient}).items():
+    tensors: dict[str, object] = {"weight": weight, "inputs": inputs}
+    if gradient is not None:
+        tensors["gradient"] = gradient
+    for name, value in tensors.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"prune_weight: {name} must be a tensor of floats, not {kind}")
-    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, Real)):
-        raise TypeError(f"prune_weight: rate must be a number such as 0.7, not {rate!r}")
-    for name, text in {"method": method, "pattern": pattern or ""}.items():
-        if not isinstance(text, str):
-            raise TypeError(f"prune_weight: {name} must be a string, not {text!r}")
+    number: object = 0 if rate is None else rate
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"prune_weight: rate must be a number such as 0.7, not {number!r}")
+    words: dict[str, object] = {"method": method, "pattern": "" if pattern is None else pattern}
+    for name, value in words.items():
+        if not isinstance(value, str):
+            raise TypeError(f"prune_weight: {name} must be a string, not {value!r}")
     chosen = method_named(method)
     if (rate is None) == (pattern is None):
         raise UserError("prune_weight needs a rate or a pattern, and not both")
