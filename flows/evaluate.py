@@ -20,6 +20,7 @@ from tasks.checkpoint import SPARSITY_FILE
 from tasks.statistics import plus_minus
 from tasks.zero_shot import SEVEN
 
+NOTHING_PRUNED = {"samples": 1, "length": 8}  # whatever text there is will do
 Metrics = dict[str, dict[str, Any]]
 
 
@@ -55,6 +56,7 @@ def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -
         raise UserError(f"{checkpoint} cannot be measured: {describe_error(error)}") from error
     metrics = _with_average(metrics_of([result], unit), spec.evaluation.tasks)
     split = "validation" if spec.evaluation.task_data else ""  # lm-eval's own, where it is empty
+    ours = (checkpoint / SPARSITY_FILE).is_file()
     answer = {
         "checkpoint": str(checkpoint),
         "modality": spec.model.modality,
@@ -62,6 +64,7 @@ def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -
         "context": spec.evaluation.context if unit == "token" else 0,
         "metrics": metrics,
         "task_split": split,
+        "calibration_seed": spec.calibration.seed if ours else None,
     }
     if as_json:
         print(json.dumps(answer, allow_nan=False))
@@ -76,6 +79,8 @@ def _print(answer: dict[str, Any]) -> None:
     metrics: Metrics = answer["metrics"]
     own = {name: metric for name, metric in metrics.items() if "/" not in name}
     windows = answer["windows"] + (f" of {answer['context']} tokens" if answer["context"] else "")
+    if (seed := answer["calibration_seed"]) is not None:
+        print(f"  pruned with calibration seed {seed}; a report has the mean over all such seeds")
     for name, metric in own.items():
         print(f"  {name:<14} {_value(metric)}  (n = {metric['n']} {windows})")
     if len(own) < len(metrics):
@@ -108,7 +113,7 @@ def _spec(checkpoint: Path, overrides: list[str]) -> Spec:
         raise UserError(f"{checkpoint} is no checkpoint folder: give the best/ of a run")
     if (checkpoint / "best").is_dir():
         raise UserError(f"{checkpoint} is a run: give {checkpoint / 'best'}")
-    raw: dict[str, Any] = {}
+    raw: dict[str, Any] = {"calibration": NOTHING_PRUNED}
     facts = checkpoint / SPARSITY_FILE
     if facts.is_file():
         raw = _saved(facts)
@@ -120,7 +125,6 @@ def _spec(checkpoint: Path, overrides: list[str]) -> Spec:
             raise UserError(f"{section}={raw[section]!r} is no section: write {section}.key=value")
     raw["model"]["source"] = str(checkpoint)
     raw["prune"]["sparsity"] = 0.0
-    raw["calibration"] = {"samples": 1, "length": 8}  # nothing is pruned: whatever there is will do
     if "data" not in raw:
         raise UserError(f"{checkpoint} has no {SPARSITY_FILE}: add data.source=... to the command")
     return parse_spec(raw, str(checkpoint))
@@ -132,6 +136,7 @@ def _saved(facts: Path) -> dict[str, Any]:
         saved = json.loads(facts.read_text(encoding="utf-8"))
         sections = {name: dict(saved[name]) for name in ("data", "evaluation")}
         model = {"dtype": saved["dtype"], "modality": saved.get("modality", "language")}
+        sections["calibration"] = NOTHING_PRUNED | {"seed": saved["calibration"]["seed"]}
         return sections | {"model": model | {"towers": saved.get("towers", [])}}
     except OSError as error:
         raise UserError(f"{facts} cannot be read: {error.strerror}") from error

@@ -101,7 +101,7 @@ class RunStore:
             header |= {
                 "digest": hashlib.sha256(canonical).hexdigest(),
                 "identity": identity,
-                "provenance": provenance(),
+                "provenance": dict(provenance()),
             }
             with _writing(directory):
                 _repair(directory)
