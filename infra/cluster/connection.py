@@ -73,6 +73,12 @@ def connect(spec: ClusterSpec) -> Iterator["Cluster"]:
             if "AuthenticationError" in str(error.__cause__):
                 reason = "it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
             raise UserError(f"cannot use Ray at {address}: {reason}") from error
+        except Exception as error:
+            if type(error) is not Exception:  # Ray's own, of a node that does not start in 30 s
+                raise
+            raise UserError(
+                f"Ray does not start here: {first_line(error)}; is the machine overloaded?"
+            ) from error
         cluster = Cluster(spec, address)
         try:
             yield cluster
