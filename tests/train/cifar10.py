@@ -57,12 +57,14 @@ class Recipe:
         return cls(options.epochs, options.batch, options.rate, options.seed, options.resume)
 
 
-def add_options(parser: argparse.ArgumentParser, *, epochs: int) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, *, epochs: int, width: int = 128, rate: float = 2e-3
+) -> None:
     """Those of every script here."""
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--width", type=int, default=width)
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--batch", type=int, default=256, help="of all processes together")
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="last.pt: from there the rate only falls")
 
@@ -144,7 +146,7 @@ def train_and_write(
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [3, 32, 32],
-            "fixed_input_size": True,
+            "fixed_input_size": "img_size" in arguments,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "crop_mode": "center",
