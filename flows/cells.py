@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.errors import UserError
 from infra.specs import CompareSpec, PruneSpec, Spec
+from infra.store import RunStore
 from tasks.allocation import ALLOCATIONS, NOT_REPRODUCED, allocation_named
 
 
@@ -69,6 +71,33 @@ def cells_of(spec: Spec, folder: Path | None = None) -> list[Cell]:
         for method in methods
         for allocation in allocations
     ]
+
+
+def earlier_cells(spec: Spec, asked: Sequence[Cell], folder: Path) -> list[Cell]:
+    """Cells in the folder that were finished for other lists, under the settings of this spec."""
+    names = {cell.name for cell in asked}
+    found = []
+    for path in sorted(folder.glob("*/report.json")):
+        name = path.parent.name
+        if name in names:
+            continue
+        try:
+            earlier = RunStore.read(path.parent).spec
+            prune = earlier.prune
+            lists = CompareSpec(
+                models=[earlier.model.source],
+                methods=[prune.method],
+                allocations=[prune.allocation],
+                sparsities=[prune.sparsity],
+            )
+            (cell,) = cells_of(spec.model_copy(update={"compare": lists}), folder)
+        except UserError:  # of another version
+            continue
+        if cell.spec.identity() == earlier.identity():
+            run = cell.spec.run.model_copy(update={"dir": str(path.parent)})
+            spec_of_run = cell.spec.model_copy(update={"run": run})
+            found.append(Cell(name, name.partition("_")[0], spec_of_run))
+    return found
 
 
 def _own(prune: PruneSpec, allocation: str) -> dict[str, float]:

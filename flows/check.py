@@ -39,8 +39,11 @@ from tasks.allocation import allocation_named, bounds_of, check_rates
 from tasks.trial import check_names, describe_model, measure_profile, time_dense
 
 
-def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
-    """Print the plan of a search and return it; raises UserError where it could not run."""
+def check(spec: Spec, *, prune_dir: str = "", as_json: bool = False) -> dict[str, Any]:
+    """Print the plan of a search and return it; raises UserError where it could not run.
+
+    `prune_dir` is where `prune` would write, if elsewhere than `search`.
+    """
     cells = cells_of(spec) if spec.compare.varies else [Cell("", "", spec)]
     if len(cells) == 1:
         refuse(spec)
@@ -89,6 +92,7 @@ def check(spec: Spec, *, as_json: bool = False) -> dict[str, Any]:
         "memory_bytes": memory,
         "cluster": where,
         "run": spec.run.dir,
+        "prune_run": prune_dir or spec.run.dir,
     }
     if as_json:
         print(json.dumps(answer))
@@ -203,7 +207,8 @@ def _facts(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> dict[str, 
         "weights",
         "runs on": f"{hosts}: {cluster['parallel']} at once, each trial with "
         f"{cluster['cpus_per_trial']:g} CPUs and {cluster['gpus_per_trial']:g} GPUs",
-        "run directory": answer["run"],
+        "run directory": answer["run"]
+        + ("" if answer["prune_run"] == answer["run"] else f"; of prune: {answer['prune_run']}"),
     }
 
 

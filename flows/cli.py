@@ -147,10 +147,12 @@ def _show_comparison(comparison: dict[str, Any], run: str, as_json: bool) -> Non
 def _check(options: argparse.Namespace) -> None:
     from infra.spec_files import load_spec
 
-    spec = load_spec(options.spec, options.overrides)
+    spec, pruned = (
+        load_spec(options.spec, options.overrides, run_suffix=suffix) for suffix in ("", "-prune")
+    )
     from flows.check import check
 
-    check(spec, as_json=options.json)
+    check(spec, prune_dir=pruned.run.dir, as_json=options.json)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

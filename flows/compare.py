@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flows.cells import Cell, cells_of
-from flows.comparison import Comparison, write_comparison
+from flows.comparison import Comparison, row_of, write_comparison
 from flows.live import Event
 from flows.plan import (
     Results,
@@ -50,6 +50,7 @@ def compare(spec: Spec, *, as_json: bool = False) -> Comparison:
     console = Console(stderr=as_json, quiet=as_json, highlight=False)
     with ExitStack() as stack:
         store = stack.enter_context(RunStore.open(spec, "compare"))
+        tracking.start(store.dir, spec.tracking)
         shared = _Shared()
         todo = [cell for cell in cells if not shared.look_at(cell)]
         if todo:
@@ -181,14 +182,13 @@ class _CellView:
         self.cell, self.progress, self.task = cell, progress, task
 
     def event(self, event: Event) -> None:
-        """Show one event; MLflow gets its copy of a cell when it has ended."""
+        """Show one event."""
         kind, name = event["kind"], self.cell.name
         if kind in ("finished", "stopped"):
-            reason = f"failed: {event['reason']}" if event.get("reason") else kind
-            self.progress.console.print(f"{name}  {reason}", markup=False, soft_wrap=True)
+            row = row_of(self.cell)
+            said = kind if kind == "finished" else f"{row['state']}: {row['cause']}"
+            self.progress.console.print(f"{name}  {said}", markup=False, soft_wrap=True)
             self.progress.advance(self.task)
-            if kind == "finished":
-                tracking.start(self.cell.folder, self.cell.spec.tracking, follow=False)
         else:
             what = f"trial {event['number']}" if kind == "trial" else kind
             self.progress.update(self.task, description=f"{name}  {what}")

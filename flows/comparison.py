@@ -2,8 +2,9 @@
 
     write_comparison(Path("runs/compare_smollm2"))    # or: sparseramp report runs/compare_smollm2
 
-Every cell is a row, whatever became of it. Across models, losses are shown relative to the dense
-model's or in bits per byte, since tokens differ.
+Every cell is a row, whatever became of it: `refused` before its first trial, `failed` with trials
+but no result. So is what an earlier start with other lists has finished. Across models, losses are
+shown relative to the dense model's or in bits per byte, since tokens differ.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flows.cells import Cell, cells_of
+from flows.cells import Cell, cells_of, earlier_cells
 from flows.figures import RUNG_COLOURS, Figure
 from flows.plan import ladder, measuring_passes, search_trial, token_passes
 from flows.report import page
@@ -31,19 +32,24 @@ Row = dict[str, Any]
 
 WHAT = ["model", "sparsity", "method", "allocation", "rates"]
 REST = ["loss / dense", "gain", "95 % interval", "search cost", "outcome"]
+EARLIER = " (earlier)"  # marks a cell that the present lists do not ask for
 WIDE = {"bits per byte", "loss / dense", "95 % interval", "search cost"}
 
 
 def write_comparison(folder: Path) -> Comparison:
     """Make compare.json and compare.html from the files of the cells, and return the former."""
     store = RunStore.read(folder)
-    rows = [_row(cell) for cell in cells_of(store.spec, folder)]
+    asked = cells_of(store.spec, folder)
+    rows = [row_of(cell) for cell in asked]
+    rows += [row_of(cell) | {"asked": False} for cell in earlier_cells(store.spec, asked, folder)]
     plots = _plots(rows)
     columns, table = _table(rows)
+    finished = {path.parent.name for path in folder.glob("*/report.json")}
     comparison: Comparison = {
         "command": "compare",
         "protocol": store.spec.search.protocol,
         "rows": rows,
+        "other_settings": sorted(finished - {row["cell"] for row in rows}),
         "not_reproduced": NOT_REPRODUCED,
         "spec": store.spec.model_dump(mode="json"),
         "provenance": store.provenance,
@@ -82,10 +88,18 @@ def print_comparison(comparison: Comparison, run: str) -> None:
             table.add_column(column, justify="left" if left else "right", no_wrap=True)
         for row, cells in zip(rows, words, strict=True):
             if (row["model"], row["sparsity"]) == (model, sparsity):
-                outcome = row["verdict"] if row["state"] == "complete" else row["state"]
+                outcome = row.get("verdict", row["state"]) + ("" if row["asked"] else EARLIER)
                 named = dict(zip(columns, cells, strict=True)) | {"outcome": outcome}
                 table.add_row(*(named[column] for column in shown))
         console.print(table)
+    if console.width >= 150:
+        console.print("search cost: token passes of all candidates and of what the allocation")
+        console.print("             measures, over those of one candidate at full fidelity")
+    if not all(row["asked"] for row in rows):
+        console.print("(earlier): finished by a start with other lists, under the same settings")
+    if comparison["other_settings"]:
+        others = ", ".join(comparison["other_settings"])
+        console.print(f"not in the table, of other settings: {others}", soft_wrap=True)
     for row in rows:
         if row["cause"]:
             console.print(f"{row['cell']}: {row['cause']}", markup=False, soft_wrap=True)
@@ -117,16 +131,18 @@ def _words(row: Row, metrics: Sequence[str]) -> list[str]:
     values = [*(row["metrics"].get(name) for name in metrics), row["relative_loss"]]
     return [
         *words,
-        row["label"].removeprefix(row["allocation"]).strip(),
+        row["label"].removeprefix(row["allocation"]).strip(" ,")
+        or "{:.3f} to {:.3f}".format(*row["rates"]),
         *(plus_minus(v["mean"], v["stderr"]) if v else "" for v in values),
         "" if baseline else plus_minus(gain["mean"], gain["stderr"]),
         "" if baseline else f"{gain['low']:.3f} to {gain['high']:.3f}",
         f"{row['search_cost']:.1f}",
-        row["cause"] or row["verdict"],
+        (row["cause"] or row["verdict"]) + ("" if row["asked"] else EARLIER),
     ]
 
 
-def _row(cell: Cell) -> Row:
+def row_of(cell: Cell) -> Row:
+    """What became of a cell: its state, and its numbers or the cause why there are none."""
     prune = cell.spec.prune
     row: Row = {
         "cell": cell.name,
@@ -135,6 +151,7 @@ def _row(cell: Cell) -> Row:
         "sparsity": prune.sparsity,
         "method": prune.method,
         "allocation": prune.allocation,
+        "asked": True,
     }
     if not (cell.folder / "run.json").exists():
         return row | {"state": "missing", "cause": "not begun: the same command goes on"}
@@ -144,9 +161,11 @@ def _row(cell: Cell) -> Row:
         return row | _unfinished(store)
     report = json.loads(path.read_bytes())
     best, gain = report["best"], report["gain"]
+    rates = [matrix["rate"] for matrix in best["rates"]]
     return row | {
         "state": "complete",
         "label": best["label"],
+        "rates": [min(rates), max(rates)],
         "metrics": best["metrics"],
         "headline": report["headline"],
         "windows": report["windows"],

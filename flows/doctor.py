@@ -28,7 +28,7 @@ def doctor(address: str = "") -> dict[str, Any]:
 
     `address` is that of a Ray cluster; empty: RAY_ADDRESS, else none.
     """
-    facts = provenance()
+    facts = dict(provenance())
     general = {key: facts.pop(key) for key in ("commit", "host", "platform", "python")}
     return {
         "checkout": str(environment.CHECKOUT),

@@ -20,6 +20,7 @@ from tasks.checkpoint import SPARSITY_FILE
 from tasks.statistics import plus_minus
 from tasks.zero_shot import SEVEN
 
+NOTHING_PRUNED = {"samples": 1, "length": 8}  # whatever text there is will do
 Metrics = dict[str, dict[str, Any]]
 
 
@@ -55,6 +56,7 @@ def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -
         raise UserError(f"{checkpoint} cannot be measured: {describe_error(error)}") from error
     metrics = _with_average(metrics_of([result], unit), spec.evaluation.tasks)
     split = "validation" if spec.evaluation.task_data else ""  # lm-eval's own, where it is empty
+    ours = (checkpoint / SPARSITY_FILE).is_file()
     answer = {
         "checkpoint": str(checkpoint),
         "modality": spec.model.modality,
@@ -62,6 +64,7 @@ def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -
         "context": spec.evaluation.context if unit == "token" else 0,
         "metrics": metrics,
         "task_split": split,
+        "calibration_seed": spec.calibration.seed if ours else None,
     }
     if as_json:
         print(json.dumps(answer, allow_nan=False))
@@ -76,6 +79,8 @@ def _print(answer: dict[str, Any]) -> None:
     metrics: Metrics = answer["metrics"]
     own = {name: metric for name, metric in metrics.items() if "/" not in name}
     windows = answer["windows"] + (f" of {answer['context']} tokens" if answer["context"] else "")
+    if (seed := answer["calibration_seed"]) is not None:
+        print(f"  pruned with calibration seed {seed}; a report has the mean over all such seeds")
     for name, metric in own.items():
         print(f"  {name:<14} {_value(metric)}  (n = {metric['n']} {windows})")
     if len(own) < len(metrics):
@@ -117,7 +122,7 @@ def spec_of(checkpoint: Path, overrides: list[str], *, needs_data: bool = True) 
     Raises UserError for what is no checkpoint, and where data is needed and none is known.
     """
     checkpoint_folder(checkpoint)
-    raw: dict[str, Any] = {}
+    raw: dict[str, Any] = {"calibration": NOTHING_PRUNED}
     facts = checkpoint / SPARSITY_FILE
     if facts.is_file():
         raw = _saved(facts)
@@ -129,7 +134,6 @@ def spec_of(checkpoint: Path, overrides: list[str], *, needs_data: bool = True) 
             raise UserError(f"{section}={raw[section]!r} is no section: write {section}.key=value")
     raw["model"]["source"] = str(checkpoint)
     raw["prune"]["sparsity"] = 0.0
-    raw["calibration"] = {"samples": 1, "length": 8}  # nothing is pruned: whatever there is will do
     if "data" not in raw and not needs_data:
         raw["data"] = {"source": "none"}
     if "data" not in raw:
@@ -143,6 +147,7 @@ def _saved(facts: Path) -> dict[str, Any]:
         saved = json.loads(facts.read_text(encoding="utf-8"))
         sections = {name: dict(saved[name]) for name in ("data", "evaluation")}
         model = {"dtype": saved["dtype"], "modality": saved.get("modality", "language")}
+        sections["calibration"] = NOTHING_PRUNED | {"seed": saved["calibration"]["seed"]}
         return sections | {"model": model | {"towers": saved.get("towers", [])}}
     except OSError as error:
         raise UserError(f"{facts} cannot be read: {error.strerror}") from error

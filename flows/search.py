@@ -31,6 +31,7 @@ from infra.checkpoints import inspect_checkpoint
 from infra.cluster import Cluster, LostCheckpointError, connect
 from infra.documents import data_sha256
 from infra.errors import UserError
+from infra.provenance import provenance
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import StudyMirror
 from infra.sources import fetch, pinned
@@ -68,6 +69,7 @@ def prune(spec: Spec, *, as_json: bool = False) -> Report:
 
 def _alone(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
     refuse(spec)
+    provenance()  # of the code as it is now: a model may take long to arrive
     pinned_spec = pin(spec)  # what cannot be read is refused before a run directory is there
     with (
         RunStore.open(spec, command) as store,

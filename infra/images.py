@@ -13,6 +13,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -117,13 +118,17 @@ def usable(
     # One is not yet a share of a few images.
     allowed = max(1, data.broken * (len(good) + len(broken))) if data.broken else 0
     if len(broken) > allowed:
+        seen = len(good) + len(broken)
+        share = math.ceil(100 * len(broken) / seen) / 100
         raise UserError(
-            f"{what}: {len(broken)} of {len(good) + len(broken)} images cannot be read, the first "
-            f"is {broken[0]}: repair or remove them, or allow some with data.broken=0.01"
+            f"{what}: {len(broken)} of {seen} images cannot be read, the first is {broken[0]}: "
+            f"repair or remove them, or allow such a share with data.broken={share:g}"
         )
     if len(good) < count:
+        dealt = "" if getattr(data, what.removeprefix("data."), "") else ", its part of data.source"
         raise UserError(
-            f"{what} has {len(good)} images, {count} are asked for: give more, or ask for fewer"
+            f"{what} has {len(good)} images{dealt}, {count} are asked for: give more, or ask for "
+            "fewer"
         )
     return good
 

@@ -1,11 +1,15 @@
 """What a number was made with: package versions, commit and machine, without importing a package.
 
 provenance()["torch"]
+
+It is looked up once: later in a process, the checkout may no longer be what was imported from it.
 """
 
 import platform
 import socket
 import subprocess
+from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +19,8 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def provenance() -> dict[str, str]:
+@cache
+def provenance() -> Mapping[str, str]:
     """Versions of what is installed, Python, platform, host and the checkout's commit."""
     versions = {}
     for package in PACKAGES:

@@ -288,7 +288,7 @@ class StudyMirror:
         return left
 
     def _tell(self, results: list[TrialResult], last: bool = False) -> int:
-        import sqlalchemy.exc
+        import sqlalchemy
         from optuna.exceptions import OptunaError
 
         self._waiting += results
@@ -301,7 +301,8 @@ class StudyMirror:
             self.problem = ""
         except (sqlalchemy.exc.SQLAlchemyError, OptunaError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            self.problem = f"Optuna storage {self.url} cannot be written: {reason}"
+            where = repr(sqlalchemy.make_url(self.url))  # without its password
+            self.problem = f"Optuna storage {where} cannot be written: {reason}"
             self._retry_at = time.monotonic() + RETRY_S
             self._studies.clear()  # what is known there is read anew
         return len(self._waiting)
@@ -323,9 +324,8 @@ class StudyMirror:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        patience = "timeout" if self.url.startswith("sqlite") else "connect_timeout"
-        options = {"connect_args": {patience: 2}}
-        storage = optuna.storages.RDBStorage(self.url, engine_kwargs=options)
+        limit = {"timeout" if self.url.startswith("sqlite") else "connect_timeout": 2}
+        storage = optuna.storages.RDBStorage(self.url, engine_kwargs={"connect_args": limit})
         loss = self._objective == "loss"
         better: Literal["minimize", "maximize"] = "minimize" if loss else "maximize"
         for name in (f"{self._name}/rung{rung}", f"{self._name}-{self._run_id[:8]}/rung{rung}"):

@@ -28,6 +28,9 @@ def load_spec(
     path = Path(path)
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except IsADirectoryError:
+        saved = f": give {path / 'spec.toml'}" if (path / "spec.toml").is_file() else ""
+        raise UserError(f"{path} is a folder, not a spec{saved}") from None
     except OSError as error:
         raise UserError(f"cannot read spec {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -95,12 +98,18 @@ def _explain(error: ValidationError) -> str:
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
+        homes = [name for name in Spec.model_fields if key in _keys([name])]
+        if len(location) == 1 and homes:
+            return f"unknown key {key!r}: did you mean {homes[0]}.{key}?"
         return f"unknown key {key!r}: {nearest(location[-1], _keys(location[:-1]))}"
     if first["type"] == "missing":
         return f"{key!r} is missing: set it in the spec or add {key}=... to the command"
     message = first["msg"].removeprefix("Value error, ")
     if isinstance(first["input"], dict):
         return message
+    if first["type"] in ("list_type", "tuple_type") and isinstance(first["input"], str):
+        items = json.dumps([item.strip() for item in first["input"].split(",")])
+        return f"{key}={first['input']} is no list: write {key}='{items}'"
     return f"{key}={first['input']!r}: {message[:1].lower()}{message[1:]}"
 
 

@@ -101,7 +101,7 @@ class RunStore:
             header |= {
                 "digest": hashlib.sha256(canonical).hexdigest(),
                 "identity": identity,
-                "provenance": provenance(),
+                "provenance": dict(provenance()),
             }
             with _writing(directory):
                 _repair(directory)
@@ -295,7 +295,9 @@ def _read_header(directory: Path) -> dict[str, Any]:
     try:
         header = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{directory} is not a run directory: it holds no run.json") from None
+        above = directory.parent
+        hint = f": give {above}" if (above / "run.json").is_file() else ": it holds no run.json"
+        raise UserError(f"{directory} is not a run directory{hint}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

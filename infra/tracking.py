@@ -1,4 +1,4 @@
-"""MLflow: a copy of a run directory, made by a process of its own that the search never waits for.
+"""MLflow: a copy of a run directory, made by a process of its own that the driver never waits for.
 
     python -m infra.tracking runs/quickstart [--until-pid PID]
 
@@ -50,10 +50,8 @@ _ENVIRONMENT = {
 }
 
 
-def start(
-    run_dir: str | Path, spec: TrackingSpec, *, follow: bool = True
-) -> subprocess.Popen[bytes] | None:
-    """Begin mirroring a run, to `follow` until this process has gone; None if disabled."""
+def start(run_dir: str | Path, spec: TrackingSpec) -> subprocess.Popen[bytes] | None:
+    """Begin mirroring a run, or a comparison's, until this process has gone; None if disabled."""
     if not spec.enabled:
         return None
     root = Path(__file__).resolve().parent.parent
@@ -61,7 +59,7 @@ def start(
     command = [sys.executable, "-m", "infra.tracking", str(Path(run_dir).resolve())]
     with (Path(run_dir) / "tracking.log").open("ab") as log:
         return subprocess.Popen(
-            [*command, "--until-pid", str(os.getpid() if follow else 0)],
+            [*command, "--until-pid", str(os.getpid())],
             env=os.environ | {"PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -75,10 +73,21 @@ def pending(run_dir: str | Path) -> int:
     store = RunStore.read(run_dir)
     if not store.spec.tracking.enabled:
         return 0
-    path = store.path("tracking.json")
-    state = json.loads(path.read_bytes()) if path.exists() else {}
-    pushed = state["trials"] if state.get("uri") == _uri(store) else []
-    return len(set(store.numbers()) - set(pushed))
+    left = 0
+    for run in (RunStore.read(folder) for folder, _ in _runs(store)):
+        path = run.path("tracking.json")
+        state = json.loads(path.read_bytes()) if path.exists() else {}
+        pushed = state["trials"] if state.get("uri") == _uri(run) else []
+        left += len(set(run.numbers()) - set(pushed))
+    return left
+
+
+def _runs(store: RunStore) -> list[tuple[Path, int]]:
+    """The run itself; of a comparison, the cells that have a report, and when each was written."""
+    if store.command != "compare":
+        return [(store.dir, 0)]
+    reports = sorted(store.dir.glob("*/report.html"))  # a run writes it last
+    return [(path.parent, path.stat().st_mtime_ns) for path in reports]
 
 
 class _Mirror:
@@ -261,15 +270,20 @@ def _follow(store: RunStore, until_pid: int, give_up_s: float = GIVE_UP_S) -> bo
     from mlflow.exceptions import MlflowException
 
     mirror: _Mirror | None = None
+    done: set[tuple[Path, int]] = set()
     driver = _alive(until_pid)
     poll_s, failing_since, said = POLL_S, 0.0, ""
     while True:  # the driver is asked for first: all that it wrote before it went is then pushed
         alive = driver != "" and _alive(until_pid) == driver
         try:
-            mirror = mirror or _Mirror(RunStore.read(store.dir))
-            mirror.push()
+            for folder, reported in [run for run in _runs(store) if run not in done]:
+                if mirror is None or mirror.store.dir != folder:
+                    mirror = _Mirror(RunStore.read(folder))
+                mirror.push()
+                if reported or not alive:
+                    mirror.finish()
+                    done.add((folder, reported))
             if not alive:
-                mirror.finish()
                 return True
             poll_s, failing_since, said = POLL_S, 0.0, ""
         except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError, UserError) as error:
@@ -318,7 +332,7 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def main() -> int:
-    """Mirror one run; exit code 1 if something is left for the next start."""
+    """Mirror a run, or a comparison's; exit code 1 if something is left for the next start."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_dir")
     parser.add_argument("--until-pid", type=int, default=0, help="go on until this one has gone")
@@ -328,9 +342,7 @@ def main() -> int:
     with _lock(store.path("tracking.lock")):
         if _follow(store, args.until_pid):
             return 0
-    print(
-        f"gave up after {GIVE_UP_S:.0f} s: {pending(args.run_dir)} trials left for the next start"
-    )
+    print(f"gave up: {pending(args.run_dir)} trials left for the next start")
     return 1
 
 

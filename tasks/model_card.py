@@ -118,7 +118,7 @@ def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]
             or ("text" if report["windows"] == "windows" else "image"),
             dataset_name=short(texts["report"]),
             metric_type=metric,
-            metric_value=value,
+            metric_value=float(f"{value:.6g}"),
         )
         for metric, estimate in report["best"]["metrics"].items()
         if metric != "loss" and (value := estimate["mean"]) is not None

@@ -65,14 +65,7 @@ def connect(spec: ClusterSpec) -> Iterator["Cluster"]:
         modules = [str(environment.CHECKOUT / name) for name in environment.PACKAGES]
         options["runtime_env"] = {"py_modules": modules, "excludes": ["__pycache__"]}
     try:
-        try:
-            with _own_signal_handlers():
-                ray.init(logging_level=logging.ERROR, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = first_line(error)
-            if "AuthenticationError" in str(error.__cause__):
-                reason = "it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
-            raise UserError(f"cannot use Ray at {address}: {reason}") from error
+        _init(address, options)
         cluster = Cluster(spec, address)
         try:
             yield cluster
@@ -191,6 +184,28 @@ class Cluster:
         if ended[0] == "broken":
             self._pool.stop(slot)
         return ended
+
+
+def _init(address: str, options: dict[str, Any]) -> None:
+    """`ray.init`, twice where a busy machine took too long; raises UserError where it cannot."""
+    for again in (True, False):
+        try:
+            with _own_signal_handlers():
+                ray.init(logging_level=logging.ERROR, **options)
+            return
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = first_line(error)
+            if "AuthenticationError" in str(error.__cause__):
+                reason = "it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+            raise UserError(f"cannot use Ray at {address}: {reason}") from error
+        except Exception as error:
+            if type(error) is not Exception:  # Ray's own, of a node that does not start in 30 s
+                raise
+            ray.shutdown()
+            if not again:
+                raise UserError(
+                    f"Ray does not start here: {first_line(error)} Is the machine overloaded?"
+                ) from error
 
 
 @contextmanager

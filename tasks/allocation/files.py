@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infra.errors import UserError, nearest
 from infra.specs import PruneSpec
@@ -22,9 +23,13 @@ _ROUNDED = 1e-3  # how far the mean of rates from a file may be from the sparsit
 
 
 def save_rates(rates: Mapping[str, float], path: str | Path) -> None:
-    """Write named rates as JSON, which `prune.allocation` reads back."""
+    """Write named rates as JSON, which `prune.allocation` reads back.
+
+    Raises UserError where they are no rates, before anything is written.
+    """
+    text = json.dumps(_checked(rates, path), indent=1) + "\n"
     try:
-        Path(path).write_text(json.dumps(dict(rates), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write rates to {path}: {error.strerror}") from error
 
@@ -37,10 +42,16 @@ def load_rates(path: str | Path) -> dict[str, float]:
         raise UserError(f"cannot read rates from {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(rates, dict):
+    return _checked(rates, path)
+
+
+def _checked(rates: Any, path: str | Path) -> dict[str, float]:
+    if not isinstance(rates, Mapping):
         raise UserError(f"{path}: expected one object of names and rates")
     for name, rate in rates.items():
-        number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if not isinstance(name, str):
+            raise UserError(f"{path}: {name!r} is no name of a matrix")
+        number = isinstance(rate, Real) and not isinstance(rate, bool)
         if not number or not 0 <= rate < 1:
             raise UserError(f"{path}: {name} has rate {rate!r}, which is not in [0, 1)")
     return {name: float(rate) for name, rate in rates.items()}

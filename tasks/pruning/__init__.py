@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -79,7 +80,23 @@ def prune_weight(
 
     weight: out x in. inputs: tokens x in. rate: share of zeros in [0, 1). pattern: N:M keeps N of
     every M along the input. gradient: out x in, of the loss, for Pruner-Zero.
+
+    Raises TypeError for what is none of these, and UserError for values that do not fit.
     """
+    tensors: dict[str, object] = {"weight": weight, "inputs": inputs}
+    if gradient is not None:
+        tensors["gradient"] = gradient
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"prune_weight: {name} must be a tensor of floats, not {kind}")
+    number: object = 0 if rate is None else rate
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"prune_weight: rate must be a number such as 0.7, not {number!r}")
+    words: dict[str, object] = {"method": method, "pattern": "" if pattern is None else pattern}
+    for name, value in words.items():
+        if not isinstance(value, str):
+            raise TypeError(f"prune_weight: {name} must be a string, not {value!r}")
     chosen = method_named(method)
     if (rate is None) == (pattern is None):
         raise UserError("prune_weight needs a rate or a pattern, and not both")

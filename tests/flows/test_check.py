@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from flows.check import _facts
+from flows.cli import _parser
 from tests.flows.test_plan import make_model, make_spec
 
 
-def facts(tasks: list[str]) -> dict[str, str]:
+def facts(tasks: list[str], prune_run: str = "runs/tiny") -> dict[str, str]:
     spec = make_spec(run={"dir": "runs/tiny"}, evaluation={"tasks": tasks})
     answer: dict[str, Any] = {
         "sources": {"model": "m"},
@@ -25,6 +26,7 @@ def facts(tasks: list[str]) -> dict[str, str]:
         "memory_bytes": 1 << 20,
         "cluster": {"nodes": [], "parallel": 1, "cpus_per_trial": 2, "gpus_per_trial": 0},
         "run": spec.run.dir,
+        "prune_run": prune_run,
     }
     return _facts(spec, make_model(), answer)
 
@@ -35,3 +37,15 @@ def test_the_time_says_what_it_leaves_out_and_results_have_a_place(tasks: list[s
     assert lines["time"] == "about 1 min 00 s for 1,000 token passes"
     assert lines.get("lm-eval") == ("boolq, piqa: not in this time" if tasks else None)
     assert lines["run directory"] == "runs/tiny"
+
+
+def test_a_directory_of_its_own_for_prune_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = facts([], "runs/tiny-prune")["run directory"]
+    assert place == "runs/tiny; of prune: runs/tiny-prune"
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("flows.check.check", lambda spec, **rest: seen.update(rest, spec=spec))
+    for override, expected in (([], "runs/vision_cifar10-prune"), (["run.dir=here"], "here")):
+        options = _parser().parse_args(["check", "flows/specs/vision_cifar10.toml", *override])
+        options.command(options)
+        assert seen["prune_dir"] == expected
+    assert seen["spec"].run.dir == "here"

@@ -69,6 +69,11 @@ def test_help_takes_less_than_a_second(cache: Path) -> None:
     "override, message",
     [
         ("search.scuots=3", "unknown key 'search.scuots': did you mean 'scouts'?"),
+        ("sparsity=0.7", "unknown key 'sparsity': did you mean prune.sparsity?"),
+        (
+            "data.classes=cat,dog",
+            """data.classes=cat,dog is no list: write data.classes='["cat", "dog"]'""",
+        ),
         ("prune.sparsity=much", "prune.sparsity='much': "),
         ("prune.sparsity=1", "prune.sparsity=1: "),
         ("prune.sparsity", "'prune.sparsity' is not an override"),
@@ -144,7 +149,12 @@ def test_an_infeasible_beta(spec: Path, cache: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "run" / "trials").glob("*"))
 
 
-FACTS = {"dtype": "float32", "data": {"source": "text.txt"}, "evaluation": {"context": 16}}
+FACTS = {
+    "dtype": "float32",
+    "data": {"source": "text.txt"},
+    "evaluation": {"context": 16},
+    "calibration": {"seed": 0},
+}
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,18 @@
 python -m pytest tests/flows/test_comparison.py
 """
 
+import io
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from flows.cells import cells_of
-from flows.comparison import write_comparison
+from flows.compare import _CellView
+from flows.comparison import _table, print_comparison, write_comparison
 from flows.report import write_report
 from infra.store import RunStore
 from tests.flows.test_report import BROWSER, make_model, make_run, make_spec
@@ -20,13 +25,18 @@ addEventListener("load", () => document.querySelectorAll(".scroll").forEach(
 </script>"""
 
 
+LISTS = {
+    "methods": ["magnitude", "sparsegpt"],
+    "allocations": ["uniform", "arithmetic", "als"],
+    "models": ["org/SmolLM2-135M-Instruct"],
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two methods by three allocations, one of which has no result; the numbers are all alike."""
     folder = tmp_path_factory.mktemp("runs") / "compare"
-    lists = {"methods": ["magnitude", "sparsegpt"], "allocations": ["uniform", "arithmetic", "als"]}
-    models = {"models": ["org/SmolLM2-135M-Instruct"]}
-    spec = make_spec(compare=lists | models, run={"dir": str(folder)})
+    spec = make_spec(compare=LISTS, run={"dir": str(folder)})
     with RunStore.open(spec, "compare"):
         for cell in cells_of(spec):
             if cell.spec.prune.allocation == "als":
@@ -51,3 +61,63 @@ def test_every_column_is_seen(folder: Path, tmp_path: Path, width: int) -> None:
     command = [str(BROWSER), *flags, page.as_uri()]
     done = subprocess.run(command, capture_output=True, timeout=100, check=True)
     assert 'data-hidden="0"' in done.stdout.decode()
+
+
+def test_what_other_lists_have_finished_stays(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under equal settings as rows that say so, under others by name."""
+    copy = shutil.copytree(folder, tmp_path / "compare")
+    name = "smollm2-135m-instruct_{}_{}_0.6".format
+    narrow = LISTS | {"methods": ["magnitude"], "allocations": ["uniform", "als"]}
+    with RunStore.open(make_spec(compare=narrow, run={"dir": str(copy)}), "compare"):
+        found = write_comparison(copy)
+    assert {row["cell"]: (row["asked"], row["state"]) for row in found["rows"]} == {
+        name("magnitude", "uniform"): (True, "complete"),
+        name("magnitude", "als"): (True, "missing"),
+        name("magnitude", "arithmetic"): (False, "complete"),
+        name("sparsegpt", "arithmetic"): (False, "complete"),
+        name("sparsegpt", "uniform"): (False, "complete"),
+    }
+    assert found["other_settings"] == []
+    assert (copy / "compare.html").read_text().count("(earlier)</td>") == 3
+    print_comparison(found, str(copy))
+    text = capsys.readouterr().out
+    assert text.count(" (earlier) ") == 3 and "\n(earlier): finished by a start" in text
+    assert "search cost: token passes of all candidates" in text
+
+    other = make_spec(
+        compare=LISTS | {"methods": ["wanda"]}, calibration={"seed": 7}, run={"dir": str(copy)}
+    )
+    with RunStore.open(other, "compare"):
+        found = write_comparison(copy)
+    assert {row["method"] for row in found["rows"]} == {"wanda"}
+    assert found["other_settings"] == [
+        name(method, allocation)
+        for method in ("magnitude", "sparsegpt")
+        for allocation in ("arithmetic", "uniform")
+    ]
+    print_comparison(found, str(copy))
+    assert f"of other settings: {name('magnitude', 'arithmetic')}, " in capsys.readouterr().out
+
+
+def test_an_allocation_without_numbers_shows_the_span_of_its_rates(folder: Path) -> None:
+    row = write_comparison(folder)["rows"][1]
+    assert _table([row])[1][0][4] == row["label"]
+    row |= {"allocation": "my/rates.json", "label": "my/rates.json", "rates": [0.5, 0.72]}
+    assert _table([row])[1][0][4] == "0.500 to 0.720"
+
+
+@pytest.mark.parametrize("trials, state", [(0, "refused"), (1, "failed")])
+def test_a_cell_that_ends_is_called_as_in_its_row(tmp_path: Path, trials: int, state: str) -> None:
+    spec = make_spec(compare=LISTS, run={"dir": str(tmp_path)})
+    cell, file = cells_of(spec)[0], io.StringIO()
+    with RunStore.open(spec, "compare"), RunStore.open(cell.spec) as store:
+        for result in make_run()[:trials]:
+            store.write_result(result)
+        store.event("stopped", cause="UserError", reason="no room")
+        progress = Progress(console=Console(file=file), disable=True)
+        _CellView(cell, progress, progress.add_task("")).event({"kind": "stopped"})
+        (row, *_) = write_comparison(tmp_path)["rows"]
+    assert file.getvalue() == f"{cell.name}  {state}: no room\n"
+    assert (row["state"], row["cause"]) == (state, "no room")

@@ -12,6 +12,7 @@ import pytest
 from flows.evaluate import evaluate
 from infra.errors import UserError
 from tasks import trial
+from tests import models
 from tests.flows.commands import SPEC, run
 from tests.timm_models import png, write_images, write_timm
 from tests.vlm import write_checkpoint
@@ -34,6 +35,30 @@ def percent(scores: list[float]) -> float:
     return 100 * sum(scores) / len(scores)
 
 
+@pytest.mark.parametrize("seed", [5, None])
+def test_whose_numbers_they_are(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    seed: int | None,
+) -> None:
+    """A report has means over calibration seeds, a checkpoint is of one; others are of none."""
+    monkeypatch.setenv("SPARSERAMP_CACHE", str(tmp_path / "cache"))
+    checkpoint = models.write_checkpoint("llama", tmp_path / "model")
+    models.write_text(tmp_path / "text.txt")
+    if seed is not None:
+        facts = {"dtype": "float32", "data": {}, "evaluation": {}, "calibration": {"seed": seed}}
+        (checkpoint / "sparsity.json").write_text(json.dumps(facts))
+    data = f"data.source={tmp_path / 'text.txt'}"
+    small = ["evaluation.context=16", "evaluation.report_windows=4"]
+    try:
+        assert evaluate(checkpoint, [data, *small])["calibration_seed"] == seed
+    finally:
+        trial._loaded.clear()
+    said = "pruned with calibration seed 5; a report has the mean over all such seeds"
+    assert (said in capsys.readouterr().out) == (seed is not None)
+
+
 @pytest.mark.timeout(300)
 def test_a_model_of_images(tmp_path: Path) -> None:
     model = write_timm("vit", tmp_path / "model")
@@ -48,6 +73,7 @@ def test_a_model_of_images(tmp_path: Path) -> None:
     assert answer["metrics"]["top1"]["mean"] == percent(saved["scores"]["top1"])
     assert answer["metrics"]["loss"]["mean"] == pytest.approx(sum(saved["losses"]) / 4)
     assert answer["metrics"]["loss"]["unit"] == "nats/image"
+    assert answer["calibration_seed"] == saved["spec"]["calibration"]["seed"]
     words = run("evaluate", best, cache=tmp_path / "cache").stdout
     assert words.count("(n = 4 images)") == 3
     assert not any(word in words for word in ("lm-eval", "perplexity", "windows", "nan"))

@@ -118,12 +118,19 @@ def test_broken_images_are_named_counted_and_refused_above_a_limit(tmp_path: Pat
     (folder / "dog" / "0.png").write_bytes(png(0, size=1))
     data = DataSpec(calibration=str(folder), report="x")
     found = examples(data, "calibration")
-    with pytest.raises(UserError, match=r"2 of 20 images cannot be read, the first is cat/1\.png"):
+    with pytest.raises(
+        UserError, match=r"2 of 20 images .* the first is cat/1\.png .*data\.broken=0\.1$"
+    ):
         usable(found, 18, data, "data.calibration")
     allowed = data.model_copy(update={"broken": 0.2})
     assert len(usable(found, 18, allowed, "data.calibration")) == 18
     with pytest.raises(UserError, match="has 18 images, 19 are asked for"):
         usable(found, 19, allowed, "data.calibration")
+    shared = DataSpec(source=str(folder), broken=0.2)
+    with pytest.raises(
+        UserError, match=r"data\.report has \d images, its part of data\.source, 30"
+    ):
+        usable(examples(shared, "report"), 30, shared, "data.report")
 
 
 def test_reporting_on_images_that_were_selected_on_is_refused(tmp_path: Path) -> None:

@@ -257,6 +257,18 @@ def test_storage_that_is_gone_leaves_the_trials_for_later(
     assert mirrored(tmp_path, [make_result(0)], url="sqlite:////proc/none/optuna.db") == 1
 
 
+def test_what_is_wrong_with_a_storage_is_said_without_its_password(
+    make_result: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infra.samplers._check_url", lambda url: None)  # no driver is needed here
+    mirror = StudyMirror(
+        tmp_path, "a" * 32, "oracle9://me:secret@host/db", {"beta": (-BOUND, BOUND)}
+    )
+    mirror.record(make_result(0))
+    assert mirror.close() == 1
+    assert "host" in mirror.problem and "secret" not in mirror.problem
+
+
 def test_runs_of_one_name_share_a_storage_without_mixing(make_result: Make, tmp_path: Path) -> None:
     database = tmp_path / "shared.db"
     url = f"sqlite:///{database}"

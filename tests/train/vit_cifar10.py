@@ -9,9 +9,7 @@ as tests/train/cifar10.py says.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +18,7 @@ import torch
 from timm.layers import set_fused_attn
 from torch import Tensor
 
-from tests.train.cifar10 import (
-    CLASSES,
-    MEAN,
-    STD,
-    Recipe,
-    add_options,
-    mimetic,
-    started,
-    train,
-    waves,
-)
+from tests.train.cifar10 import CLASSES, add_options, mimetic, train_and_write, waves
 
 ARCHITECTURE = "vit_tiny_r_s16_p8_224"
 
@@ -42,13 +30,19 @@ def main() -> None:
     parser.add_argument("--patch", type=int, default=2, help="1: 64 tokens; 2: 16 tokens")
     add_options(parser, epochs=12)
     options = parser.parse_args()
-    rank, ranks, device = started()
     model, arguments = _model(options.width, options.patch, options.seed)
-    began = time.perf_counter()
-    accuracy = train(model.to(device), "blocks", _logits, Recipe.of(options), options.out)
-    if rank == 0:
-        minutes = (time.perf_counter() - began) / 60
-        _write(model, arguments, options, accuracy, f"{ranks} processes on {device}", minutes)
+    train_and_write(
+        model,
+        "blocks",
+        _logits,
+        options,
+        architecture=ARCHITECTURE,
+        arguments=arguments,
+        title="A vision transformer for CIFAR-10",
+        shape=f"{ARCHITECTURE} of timm with {len(model.blocks)} blocks, width {options.width} and "
+        f"{model.patch_embed.num_patches} tokens over a convolutional stem",
+        script="tests.train.vit_cifar10",
+    )
 
 
 def _model(width: int, patch: int, seed: int) -> tuple[Any, dict[str, Any]]:
@@ -70,66 +64,6 @@ def _logits(model: Any, images: Tensor) -> Tensor:
     dtype = next(model.blocks.parameters()).dtype
     logits: Tensor = model.forward_head(model.norm(model.blocks(tokens.to(dtype)).float()))
     return logits
-
-
-def _write(
-    model: Any,
-    arguments: dict[str, Any],
-    options: argparse.Namespace,
-    accuracy: float,
-    where: str,
-    minutes: float,
-) -> None:
-    from safetensors.torch import save_file
-
-    config = {
-        "architecture": ARCHITECTURE,
-        "num_classes": len(CLASSES),
-        "num_features": model.num_features,
-        "label_names": CLASSES,
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "input_size": [3, 32, 32],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "mean": MEAN,
-            "std": STD,
-            "num_classes": len(CLASSES),
-            "first_conv": "patch_embed.backbone.conv",
-            "classifier": "head",
-            "license": "apache-2.0",
-        },
-    }
-    (options.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    state = {name: tensor.cpu().half().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, options.out / "model.safetensors", metadata={"format": "pt"})
-    (options.out / "README.md").write_text(
-        f"""---
-license: apache-2.0
-library_name: timm
-pipeline_tag: image-classification
----
-
-# A vision transformer for CIFAR-10
-
-{ARCHITECTURE} of timm with 12 blocks, width {options.width} and {model.patch_embed.num_patches}
-tokens over a convolutional stem: {sum(p.numel() for p in model.parameters()):,} parameters in half
-precision. **{accuracy:.2%} top-1 on the 10,000 test images.** It is test data: something that was
-really trained and is small enough to ship.
-
-- **Recipe**: {options.epochs} epochs of the 50,000 training images, batch {options.batch}, one
-  cycle of the learning rate with peak {options.rate:g} (Muon for the matrices of blocks, AdamW for
-  the rest), weight decay 0.05 on those matrices, label smoothing 0.1, flips and shifted crops,
-  mimetic initialisation; seed {options.seed}; {minutes:.0f} minutes, {where}. No test image was
-  used for any choice.
-- **Again**: `torchrun --nproc-per-node 2 -m tests.train.vit_cifar10` writes this folder.
-- **Licence of the weights**: the project's own training, under the project's licence.
-- **Data**: CIFAR-10, from Alex Krizhevsky, "Learning Multiple Layers of Features from Tiny
-  Images", 2009; it states no licence and is not part of this repository.
-"""
-    )
 
 
 if __name__ == "__main__":
