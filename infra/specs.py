@@ -202,7 +202,7 @@ class SpeedSpec(Frozen):
     """How the speed of a pruned model is measured: `sparseramp speed`, and after a search."""
 
     measure: bool = Field(False, description="measure the best model when a search has ended")
-    engines: list[str] = Field([], description="empty: all that run on the machine")
+    engines: list[str] = Field([], description="beside dense; empty: all that run here")
     prompts: list[Annotated[int, Field(ge=1)]] = Field(
         [128, 512], min_length=1, description="tokens; decoding follows the first"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,23 +27,12 @@ from infra.specs import ModelSpec, SpeedSpec
 from modalities import load
 from modalities.base import LoadedModality
 from tasks.engines import ENGINES, EncodedLinear, Use, convert
+from tasks.speed_cases import Case, cases_of, generate, image_batch
 from tasks.trial import device_name
 
 WARM_UPS = 3
 TEXT = "The history of the city begins with"  # all engines continue it, to be compared
 CONTINUED = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """Something to time: `prepare` makes of a model what is called once for each time."""
-
-    kind: str
-    batch: int
-    length: int
-    unit: str
-    work: int  # units done by one call; 0: its time is what counts
-    prepare: Callable[[Any], Callable[[], object]]
 
 
 @torch.inference_mode()
@@ -59,10 +48,10 @@ def measure_speed(model: ModelSpec, speed: SpeedSpec) -> SpeedRecord:
         modality = load(model, device)
         matrices = [m.weight() for block in modality.blocks for m in block.matrices]
         zeros = sum(int((matrix == 0).sum()) for matrix in matrices)
-        cases = _cases(modality, speed)
+        cases = cases_of(modality, speed)
         models: dict[str, nn.Module] = {}
         engines = []
-        for name in speed.engines or ENGINES:
+        for name in dict.fromkeys(["dense", *(speed.engines or ENGINES)]):
             each = load(model, device).model.to(device)
             engines.append(_converted(each, name, use, asked=bool(speed.engines)))
             if not engines[-1].refusal:
@@ -121,97 +110,6 @@ def _converted(model: nn.Module, name: str, use: Use, *, asked: bool) -> SpeedEn
     )
 
 
-def _cases(modality: LoadedModality, speed: SpeedSpec) -> list[Case]:
-    """What is timed of a model: images a second, or the parts of continuing a text."""
-    size = getattr(modality.model, "pretrained_cfg", {}).get("input_size")
-    if modality.writer is None and not size:
-        raise UserError(
-            f"{type(modality.model).__name__} neither continues a text nor classifies images: "
-            "there is no speed to measure"
-        )
-    device, dtype = modality.device, next(modality.model.parameters()).dtype
-    chance = torch.Generator().manual_seed(0)
-
-    def images(batch: int) -> Callable[[Any], Callable[[], object]]:
-        pixels = torch.randn(batch, *size, generator=chance).to(device, dtype)
-        return lambda model: lambda: model(pixels)
-
-    if modality.writer is None:
-        return [
-            Case(kind="images", batch=b, length=0, unit="images/s", work=b, prepare=images(b))
-            for b in speed.images
-        ]
-    longest, context = max(speed.prompts) + speed.new_tokens, modality.facts()["context"]
-    if longest > context:
-        raise UserError(
-            f"speed.prompts and speed.new_tokens make {longest} tokens, the model's context is "
-            f"{context}: ask for fewer"
-        )
-    vocabulary = modality.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-
-    def ids(batch: int, length: int) -> Tensor:
-        return torch.randint(vocabulary, (batch, length), generator=chance).to(device)
-
-    def prefill(prompt: Tensor) -> Callable[[Any], Callable[[], object]]:
-        return lambda model: lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-
-    def first(prompt: Tensor) -> Callable[[Any], Callable[[], object]]:
-        return lambda model: lambda: _generate(model, prompt, 1)
-
-    def decode(prompt: Tensor) -> Callable[[Any], Callable[[], object]]:
-        def prepare(model: Any) -> Callable[[], object]:
-            def steps() -> None:
-                nonlocal token, out
-                for _ in range(speed.new_tokens):
-                    out = model(input_ids=token, past_key_values=out.past_key_values)
-                    token = out.logits[:, -1:].argmax(-1)
-
-            out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-            token = out.logits[:, -1:].argmax(-1)
-            return steps
-
-        return prepare
-
-    shortest = speed.prompts[0]
-    cases = [
-        Case(kind="prefill", batch=1, length=n, unit="ms", work=0, prepare=prefill(ids(1, n)))
-        for n in speed.prompts
-    ]
-    cases.append(
-        Case(
-            kind="first token",
-            batch=1,
-            length=shortest,
-            unit="ms",
-            work=0,
-            prepare=first(ids(1, shortest)),
-        )
-    )
-    return cases + [
-        Case(
-            kind="decode",
-            batch=b,
-            length=shortest,
-            unit="tokens/s",
-            work=b * speed.new_tokens,
-            prepare=decode(ids(b, shortest)),
-        )
-        for b in speed.batches
-    ]
-
-
-def _generate(model: Any, prompt: Tensor, count: int) -> Tensor:
-    """Greedy tokens after a prompt, batch x (prompt + count)."""
-    made: Tensor = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=count,
-        min_new_tokens=count,
-        do_sample=False,
-    )
-    return made
-
-
 def _timed(
     case: Case, models: dict[str, nn.Module], runs: int, device: torch.device
 ) -> tuple[SpeedCase, dict[str, int]]:
@@ -252,18 +150,14 @@ def _differences(
     dense model's continuation, the mean KL divergence in nats per token and the largest difference
     of a logit. Of images: the same of the class logits of random pixels.
     """
-    reference = models[next(iter(models))]
     if modality.writer is None:
-        size = modality.model.pretrained_cfg["input_size"]  # type: ignore[index]
-        chance = torch.Generator().manual_seed(0)
-        inputs = torch.randn(CONTINUED, *size, generator=chance)
-        inputs = inputs.to(modality.device, next(reference.parameters()).dtype)
+        inputs = image_batch(modality, CONTINUED)
         logits = {name: model(inputs) for name, model in models.items()}
         same = {}
     else:
         tokenizer = getattr(modality.writer, "tokenizer", modality.writer)
         prompt = tokenizer(TEXT, return_tensors="pt").input_ids.to(modality.device)
-        made = {name: _generate(model, prompt, CONTINUED)[0] for name, model in models.items()}
+        made = {name: generate(model, prompt, CONTINUED)[0] for name, model in models.items()}
         first = made[next(iter(models))]
         start = prompt.shape[1]
         same = {

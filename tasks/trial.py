@@ -255,5 +255,5 @@ def device_name(device: torch.device) -> str:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"

@@ -1,0 +1,137 @@
+"""What is timed of a model: reading a prompt, continuing a text, or classifying images.
+
+for case in cases_of(modality, SpeedSpec()):
+    call = case.prepare(model)
+    call()  # this is what is timed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from infra.errors import UserError
+from infra.specs import SpeedSpec
+from modalities.base import LoadedModality
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Something to time: `prepare` makes of a model what is called once for each time."""
+
+    kind: Literal["prefill", "first token", "decode", "images"]
+    batch: int
+    length: int = 0  # tokens of the prompt
+    unit: Literal["ms", "tokens/s", "images/s"] = "ms"
+    work: int = 0  # units done by one call; 0: its time is what counts
+    prepare: Callable[[Any], Callable[[], object]]
+
+
+def cases_of(modality: LoadedModality, speed: SpeedSpec) -> list[Case]:
+    """The cases of a model, on random inputs, which take as long as others.
+
+    Raises UserError for a model that neither continues a text nor classifies images, and for
+    prompts that its context does not hold.
+    """
+    if modality.writer is None:
+        return [_images(image_batch(modality, batch)) for batch in speed.images]
+    longest, context = max(speed.prompts) + speed.new_tokens, modality.facts()["context"]
+    if longest > context:
+        raise UserError(
+            f"speed.prompts and speed.new_tokens make {longest} tokens, the model's context is "
+            f"{context}: ask for fewer"
+        )
+    vocabulary = modality.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    chance = torch.Generator().manual_seed(0)
+
+    def ids(batch: int, length: int) -> Tensor:
+        return torch.randint(vocabulary, (batch, length), generator=chance).to(modality.device)
+
+    shortest = speed.prompts[0]
+    return [
+        *(_prefill(ids(1, length)) for length in speed.prompts),
+        _first_token(ids(1, shortest)),
+        *(_decode(ids(batch, shortest), speed.new_tokens) for batch in speed.batches),
+    ]
+
+
+def image_batch(modality: LoadedModality, count: int) -> Tensor:
+    """Random pixels as the model takes them, count x channels x height x width."""
+    size = getattr(modality.model, "pretrained_cfg", {}).get("input_size")
+    if not size:
+        raise UserError(
+            f"{type(modality.model).__name__} neither continues a text nor classifies images: "
+            "there is no speed to measure"
+        )
+    pixels = torch.randn((count, *size), generator=torch.Generator().manual_seed(0))
+    return pixels.to(modality.device, next(modality.model.parameters()).dtype)
+
+
+def generate(model: Any, prompt: Tensor, count: int) -> Tensor:
+    """Greedy tokens after a prompt, batch x (prompt + count)."""
+    made: Tensor = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+    )
+    return made
+
+
+def _images(pixels: Tensor) -> Case:
+    count = len(pixels)
+    return Case(
+        kind="images",
+        batch=count,
+        unit="images/s",
+        work=count,
+        prepare=lambda model: partial(model, pixels),
+    )
+
+
+def _prefill(prompt: Tensor) -> Case:
+    read = {"input_ids": prompt, "use_cache": True, "logits_to_keep": 1}
+    return Case(
+        kind="prefill",
+        batch=1,
+        length=prompt.shape[1],
+        prepare=lambda model: partial(model, **read),
+    )
+
+
+def _first_token(prompt: Tensor) -> Case:
+    return Case(
+        kind="first token",
+        batch=1,
+        length=prompt.shape[1],
+        prepare=lambda model: partial(generate, model, prompt, 1),
+    )
+
+
+def _decode(prompt: Tensor, count: int) -> Case:
+    """Tokens one after another; the prompt is read before the time begins."""
+
+    def prepare(model: Any) -> Callable[[], object]:
+        out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        return partial(_steps, model, out, count)
+
+    return Case(
+        kind="decode",
+        batch=len(prompt),
+        length=prompt.shape[1],
+        unit="tokens/s",
+        work=len(prompt) * count,
+        prepare=prepare,
+    )
+
+
+def _steps(model: Any, out: Any, count: int) -> None:
+    for _ in range(count):
+        token = out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=token, past_key_values=out.past_key_values)
