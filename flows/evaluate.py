@@ -113,6 +113,8 @@ def _spec(checkpoint: Path, overrides: list[str]) -> Spec:
         raise UserError(f"{checkpoint} is no checkpoint folder: give the best/ of a run")
     if (checkpoint / "best").is_dir():
         raise UserError(f"{checkpoint} is a run: give {checkpoint / 'best'}")
+    if (checkpoint / "run.json").is_file():
+        raise UserError(f"{checkpoint} is a run that has no best/ yet: let it end first")
     raw: dict[str, Any] = {"calibration": NOTHING_PRUNED}
     facts = checkpoint / SPARSITY_FILE
     if facts.is_file():
