@@ -20,6 +20,7 @@ from rich.table import Table
 
 from flows.cells import Cell, cells_of
 from flows.live import duration
+from flows.measures import WINDOWS
 from flows.plan import (
     kinds_of_trial,
     ladder,
@@ -193,6 +194,7 @@ def _facts(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> dict[str, 
     rungs = ", ".join(f"{r['samples']} + {r['windows']}" for r in answer["rungs"])
     cluster, tasks = answer["cluster"], ", ".join(answer["not_in_seconds"])
     hosts = ", ".join(node["host"] for node in cluster["nodes"])
+    passes = f"{model.unit} passes" if model.unit == "token" else f"passes of {WINDOWS[model.unit]}"
     return {
         "prunable": f"{prunable:,} of {model.total_params:,} parameters"
         + (f"; never pruned, in no product: {', '.join(model.unseen)}" if model.unseen else ""),
@@ -200,8 +202,8 @@ def _facts(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> dict[str, 
         "dense loss": f"{model.dense_loss:.4f} nats/{model.unit}, equal to a plain loop's",
         **_what(spec, answer),
         **{name: _inside(*bounds) for name, bounds in answer["numbers"].items()},
-        "rungs": f"{rungs} (calibration + selection windows)",
-        "time": f"about {duration(answer['seconds'])} for {answer['token_passes']:,} token passes",
+        "rungs": f"{rungs} (calibration + selection {WINDOWS[model.unit]})",
+        "time": f"about {duration(answer['seconds'])} for {answer['token_passes']:,} {passes}",
         **({"lm-eval": f"{tasks}: not in this time"} if tasks else {}),
         "memory": f"about {answer['memory_bytes'] / 2**20:,.0f} MiB per trial beside the mapped "
         "weights",

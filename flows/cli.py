@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         print(f"sparseramp: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("sparseramp: stopped; the same command goes on where it left off", file=sys.stderr)
+        runs = options.name in ("search", "prune", "compare")
+        rest = "; the same command goes on where it left off" if runs else ""
+        print(f"sparseramp: stopped{rest}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 

@@ -114,6 +114,8 @@ def checkpoint_folder(checkpoint: Path) -> None:
         raise UserError(f"{checkpoint} is no checkpoint folder: give the best/ of a run")
     if (checkpoint / "best").is_dir():
         raise UserError(f"{checkpoint} is a run: give {checkpoint / 'best'}")
+    if (checkpoint / "run.json").is_file():
+        raise UserError(f"{checkpoint} is a run that has no best/ yet: let it end first")
 
 
 def spec_of(checkpoint: Path, overrides: list[str], *, needs_data: bool = True) -> Spec:

@@ -37,7 +37,7 @@ from infra.samplers import StudyMirror
 from infra.sources import fetch, pinned
 from infra.specs import MISSING_SOURCE, Spec
 from infra.store import RunStore, write_atomic
-from tasks.allocation import bounds_of, check_rates
+from tasks.allocation import allocation_named, bounds_of, check_rates
 from tasks.model_card import model_card
 from tasks.trial import describe_model, measure_profile
 
@@ -305,6 +305,7 @@ def refuse(spec: Spec) -> None:
         raise UserError(MISSING_SOURCE)
     if prune.sparsity == 0:
         raise UserError("prune.sparsity=0 prunes nothing: give the share of zeros, such as 0.6")
+    allocation_named(prune.allocation)
     if prune.pattern[0].isdigit() and prune.allocation != "uniform":
         kept, size = map(int, prune.pattern.split(":"))
         raise UserError(

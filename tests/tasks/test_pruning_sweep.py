@@ -157,8 +157,10 @@ def test_experts_without_tokens_fall_back_and_are_named(
     with kept(modality):
         swept(modality, [two], "magnitude", pause)
         magnitude = weights(modality)
-    assert len(outcome.fallbacks) >= 6
-    for name in outcome.fallbacks:
+    # Two equal tokens give queries and keys no gradient either, but for rounding.
+    experts = [name for name in outcome.fallbacks if name.endswith("]")]
+    assert len(experts) >= 6
+    for name in experts:
         parameter, _, expert = name.partition("[")
         index = int(expert.rstrip("]"))
         assert torch.equal(gone[parameter][index], magnitude[parameter][index]), name
