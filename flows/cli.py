@@ -40,8 +40,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         runs = options.name in ("search", "prune", "compare")
-        rest = "; the same command goes on where it left off" if runs else ""
-        print(f"sparseramp: stopped{rest}", file=sys.stderr)
+        promise = "; the same command goes on where it left off" if runs else ""
+        print(f"sparseramp: stopped{promise}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
