@@ -202,7 +202,7 @@ def print_speed(record: SpeedRecord) -> None:
     )
     for engine in record.engines:
         if engine.refusal:
-            console.print(f"{engine.name} does not run here: {engine.refusal}")
+            console.print(engine.refusal)
         layers = [] if engine.baseline else engine.layers
         for reason in dict.fromkeys(layer.reason for layer in layers if layer.reason):
             names = [layer.name for layer in layers if layer.reason == reason]

@@ -76,7 +76,7 @@ def convert(
             reason = chosen.refusal(weight.device, weight.dtype, pattern, weight.shape)
             refusals.append(reason)
             if not reason and sparsity < (least := chosen.break_even(weight.dtype, use)):
-                reason = f"{sparsity:.0%} zeros; {engine} gains from {least:.0%} in {use}"
+                reason = f"fewer than {least:.0%} zeros, from which {engine} gains in {use}"
         encoded_bytes = weight.nbytes
         if not reason and engine != "dense":
             encoded = chosen.encode(weight, module.bias)
