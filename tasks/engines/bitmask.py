@@ -153,7 +153,7 @@ class Bitmask(Engine):
         """AVX2's by tests/bench/engines.py on Zen 3, AVX-512's by a prototype on Zen 4."""
         if use == "prefill":
             return max(0.40, _skips_from(dtype, 256))
-        return 0.60 if dtype == torch.float32 and ISAS[_isa()] != "avx512" else 0.40
+        return 0.50 if dtype == torch.float32 and ISAS[_isa()] != "avx512" else 0.40
 
     def encode(self, weight: Tensor, bias: Tensor | None) -> EncodedLinear:
         """A layer with the stream of the weight."""
