@@ -51,6 +51,10 @@ lock: $(BIN)/uv ## resolve pyproject.toml again; versions move only where they m
 		extra { line = $$0; sub(/\[.*\]/, "", line); bare = bare line "\n" } \
 		{ print } END { printf "%s", bare }' requirements.lock > .venv/requirements.lock
 	mv .venv/requirements.lock requirements.lock
+	$(BIN)/uv pip compile infra/deploy/cluster.in --constraint requirements.lock --universal \
+		--python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links \
+		$$(sed -n 's/^\([a-z0-9.-]*\)==.*/--no-emit-package=\1/p' requirements.lock) \
+		--custom-compile-command "make lock" --quiet --output-file infra/deploy/cluster.lock
 
 $(BIN)/uv:
 	$(MAKE) $(INSTALLED)
