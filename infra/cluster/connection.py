@@ -82,6 +82,7 @@ class Cluster:
 
     def __init__(self, spec: ClusterSpec, address: str) -> None:
         self._address, self._spec = address, spec
+        self._timeout_s = spec.trial_timeout_s
         self._pool = Pool(spec)
 
     @property
@@ -119,7 +120,7 @@ class Cluster:
         a None in it says that there is nothing now, and is asked again after the next result.
         Leaving the iterator early stops the trials in flight.
         """
-        return dispatch(self._pool, function, specs, self._spec.trial_timeout_s)
+        return dispatch(self._pool, function, specs, self._timeout_s)
 
     def call(self, function: Callable[..., T], *args: object) -> T:
         """Run one function in a worker; a UserError raised there is raised here, others as one.
