@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra.errors import UserError
-from infra.records import SpeedCase, SpeedEngine, SpeedLayer, SpeedRecord
+from infra.records import SpeedCase, SpeedEngine, SpeedRecord
 from infra.sources import fetch
 from infra.specs import ModelSpec, SpeedSpec
 from modalities import load
@@ -105,7 +105,7 @@ def _converted(model: nn.Module, name: str, use: Use, *, asked: bool) -> SpeedEn
     return SpeedEngine(
         name=name,
         baseline=ENGINES[name].baseline,
-        layers=[SpeedLayer(**asdict(layer)) for layer in layers],
+        layers=layers,
         resident_bytes=sum(held.values()) + hidden,
     )
 

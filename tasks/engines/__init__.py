@@ -10,13 +10,13 @@ and then model(...) or model.generate(...) as usual.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from infra.errors import UserError
+from infra.records import SpeedLayer
 from tasks.engines.base import EncodedLinear, Engine, Use
 from tasks.engines.bitmask import Bitmask
 from tasks.engines.decode_gpu import Deltas
@@ -29,23 +29,8 @@ ENGINES: dict[str, Engine] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerRecord:
-    """What became of one linear layer. `reason` says why a layer that could be encoded is dense."""
-
-    name: str
-    shape: tuple[int, int]  # out x in
-    sparsity: float
-    engine: str
-    reason: str
-    dense_bytes: int
-    encoded_bytes: int  # of the weight as it now is
-
-
 @torch.no_grad()
-def convert(
-    model: nn.Module, engine: str, *, use: Use = "decode", pattern: str = "unstructured"
-) -> list[LayerRecord]:
+def convert(model: nn.Module, engine: str, *, use: Use = "decode") -> list[SpeedLayer]:
     """Replace, in place, the linear layers of a model that the engine runs faster; list them all.
 
     `use` is what the model is wanted for: a layer is encoded where its own share of zeros is at
@@ -73,7 +58,7 @@ def convert(
         elif uses[id(module.weight)] > 1:
             reason = "its weight is used elsewhere too"
         else:
-            reason = chosen.refusal(weight.device, weight.dtype, pattern, weight.shape)
+            reason = chosen.refusal(weight.device, weight.dtype) or chosen.misfit(weight)
             refusals.append(reason)
             if not reason and sparsity < (least := chosen.break_even(weight.dtype, use)):
                 reason = f"fewer than {least:.0%} zeros, from which {engine} gains in {use}"
@@ -83,7 +68,7 @@ def convert(
             model.set_submodule(name, encoded)
             encoded_bytes = encoded.encoded_bytes
         records.append(
-            LayerRecord(
+            SpeedLayer(
                 name=name,
                 shape=(weight.shape[0], weight.shape[1]),
                 sparsity=sparsity,
@@ -105,4 +90,4 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     return [head for head in found if isinstance(head, nn.Module)]
 
 
-__all__ = ["ENGINES", "EncodedLinear", "Engine", "LayerRecord", "Use", "convert"]
+__all__ = ["ENGINES", "EncodedLinear", "Engine", "Use", "convert"]

@@ -1,7 +1,7 @@
 """What an engine is: it says whether it can run a layer, and makes the module that runs it.
 
     engine = ENGINES["bitmask"]
-    engine.refusal(weight.device, weight.dtype, "unstructured", weight.shape)  # "" or why not
+    engine.refusal(weight.device, weight.dtype) or engine.misfit(weight)  # "" or why not
     layer = engine.encode(weight, bias)  # called like nn.Linear
 
 Engines are made without a compiler and without a GPU; what they lack, `refusal` says.
@@ -20,7 +20,16 @@ from torch import Tensor, nn
 Use = Literal["decode", "prefill"]
 
 
-class EncodedLinear(nn.Module):
+_NAMES = {
+    "cpu": "CPUs",
+    "cuda": "NVIDIA GPUs",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
+
+
+class EncodedLinear(nn.Module, ABC):
     """Stands in for an nn.Linear of the same weight; inference only.
 
     A subclass keeps the weight in buffers, so that `state_dict` and `to` work as usual, and its
@@ -35,9 +44,9 @@ class EncodedLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @property
+    @abstractmethod
     def weight(self) -> Tensor:
         """The dense weight, out x in, made anew at every call."""
-        raise NotImplementedError
 
     @property
     def encoded_bytes(self) -> int:
@@ -57,20 +66,25 @@ class Engine(ABC):
 
     name: str
     baseline = False  # it multiplies by zeros as well: what the others are compared with
+    device = ""  # the type that it runs on; empty: any
+    dtypes: tuple[torch.dtype, ...] = ()  # empty: all
 
-    @abstractmethod
-    def refusal(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        pattern: str = "unstructured",
-        shape: Sequence[int] | None = None,
-    ) -> str:
-        """Empty where the engine can run such a layer, else one line that says why not.
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Empty where the engine runs here, else one line that says why not."""
+        if self.device and device.type != self.device:
+            return f"{self.name} runs on {_NAMES[self.device]}, not on {device.type}"
+        if self.dtypes and dtype not in self.dtypes:
+            known = " and ".join(_NAMES[known] for known in self.dtypes)
+            return f"{self.name} runs {known}, not {dtype}"
+        return self.lacks(device, dtype)
 
-        `pattern` is the spec's prune.pattern ("unstructured", "2:4"); `shape` is out x in, and
-        without it the answer is for the engine in general.
-        """
+    def lacks(self, device: torch.device, dtype: torch.dtype) -> str:
+        """What of a device of the right type the engine does without; empty: nothing."""
+        return ""
+
+    def misfit(self, weight: Tensor) -> str:
+        """Empty where the engine can hold a weight, out x in, else one line that says why not."""
+        return ""
 
     @abstractmethod
     def break_even(self, dtype: torch.dtype, use: Use) -> float:
@@ -79,3 +93,12 @@ class Engine(ABC):
     @abstractmethod
     def encode(self, weight: Tensor, bias: Tensor | None) -> EncodedLinear:
         """The module that computes x @ weight.T + bias. weight: out x in; not changed, not kept."""
+
+
+def lacks_ampere(name: str, device: torch.device) -> str:
+    """Of a CUDA device: why it is no NVIDIA GPU from Ampere, or empty."""
+    if torch.version.cuda is None:
+        return f"{name} runs on NVIDIA GPUs, which this torch does not"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{name} needs an NVIDIA GPU of compute capability 8.0 or later"
+    return ""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -25,7 +24,6 @@ from tasks.engines.base import EncodedLinear, Engine, Use
 from tasks.engines.build import BuildError, native_library
 
 ISAS = ("portable", "avx2", "avx512")  # as numbered in native/bitmask.cpp
-DTYPES = (torch.float32, torch.bfloat16)
 DECODE_TOKENS = 8  # up to here weights are spread along the columns; above, zeros are skipped
 _ROWS = (
     512  # expanded at a time for a dense kernel: a matrix of 4096 columns then stays in the cache
@@ -130,19 +128,10 @@ class Bitmask(Engine):
     """Our engine for CPUs, any sparsity pattern, fp32 and bf16."""
 
     name = "bitmask"
+    device, dtypes = "cpu", (torch.float32, torch.bfloat16)
 
-    def refusal(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        pattern: str = "unstructured",
-        shape: Sequence[int] | None = None,
-    ) -> str:
-        """fp32 and bf16 on CPUs, where a C++ compiler was found."""
-        if device.type != "cpu":
-            return f"bitmask runs on CPUs, not on {device.type}"
-        if dtype not in DTYPES:
-            return f"bitmask runs fp32 and bf16, not {dtype}"
+    def lacks(self, device: torch.device, dtype: torch.dtype) -> str:
+        """A C++ compiler."""
         try:
             _kernels()
         except BuildError as error:

@@ -24,14 +24,13 @@ tensor cores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.engines.base import EncodedLinear, Engine, Use
+from tasks.engines.base import EncodedLinear, Engine, Use, lacks_ampere
 
 # Chosen by `python tests/bench/engines_gpu.py --tune`, never at run time.
 ROWS = 16  # of a group: lanes of a warp that are at nearby columns
@@ -85,21 +84,12 @@ class Deltas(Engine):
     """4-bit steps between nonzeros, by Triton."""
 
     name = "deltas"
+    device, dtypes = "cuda", (torch.bfloat16, torch.float16)
 
-    def refusal(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        pattern: str = "unstructured",
-        shape: Sequence[int] | None = None,
-    ) -> str:
-        """bf16 and fp16 on NVIDIA GPUs from Ampere, with Triton; any pattern and shape."""
-        if device.type != "cuda" or torch.version.cuda is None:
-            return f"deltas runs on NVIDIA GPUs, not on {device.type}"
-        if dtype not in (torch.bfloat16, torch.float16):
-            return f"deltas runs bf16 and fp16, not {dtype}"
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "deltas needs an NVIDIA GPU of compute capability 8.0 or later"
+    def lacks(self, device: torch.device, dtype: torch.dtype) -> str:
+        """A GPU from Ampere, with Triton; any shape will do."""
+        if reason := lacks_ampere(self.name, device):
+            return reason
         if find_spec("triton") is None:
             return "deltas needs the package triton, which comes with torch's CUDA builds"
         return ""

@@ -7,8 +7,6 @@ What is faster than both of them is faster than dense.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,16 +36,6 @@ class Dense(Engine):
 
     name = "dense"
     baseline = True
-
-    def refusal(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        pattern: str = "unstructured",
-        shape: Sequence[int] | None = None,
-    ) -> str:
-        """Never refuses."""
-        return ""
 
     def break_even(self, dtype: torch.dtype, use: Use) -> float:
         """Any sparsity."""
@@ -89,19 +77,10 @@ class OneDNN(Engine):
 
     name = "onednn"
     baseline = True
+    device, dtypes = "cpu", (torch.float32, torch.bfloat16)
 
-    def refusal(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        pattern: str = "unstructured",
-        shape: Sequence[int] | None = None,
-    ) -> str:
-        """fp32 and bf16 on CPUs; bf16 needs AVX-512 or AVX-NE-CONVERT."""
-        if device.type != "cpu":
-            return f"onednn runs on CPUs, not on {device.type}"
-        if dtype not in (torch.float32, torch.bfloat16):
-            return f"onednn runs fp32 and bf16 here, not {dtype}"
+    def lacks(self, device: torch.device, dtype: torch.dtype) -> str:
+        """bf16 needs AVX-512 or AVX-NE-CONVERT."""
         if not torch.backends.mkldnn.is_available():
             return "this torch was built without oneDNN"
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():

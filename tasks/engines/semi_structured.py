@@ -7,15 +7,13 @@ It pays where the product is bound by arithmetic, which decoding a few sequences
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from infra.errors import UserError
-from tasks.engines.base import EncodedLinear, Engine, Use
+from tasks.engines.base import EncodedLinear, Engine, Use, lacks_ampere
 
 
 class SemiStructuredLinear(EncodedLinear):
@@ -50,27 +48,23 @@ class SemiStructured(Engine):
     """2:4 sparsity on the tensor cores, by torch and cuSPARSELt."""
 
     name = "2:4"
+    device, dtypes = "cuda", (torch.bfloat16, torch.float16)
 
-    def refusal(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        pattern: str = "unstructured",
-        shape: Sequence[int] | None = None,
-    ) -> str:
-        """bf16 and fp16 with the pattern 2:4 on NVIDIA GPUs from Ampere, sides divisible by 16."""
-        if pattern != "2:4":
-            return f"the weights are {pattern}; 2:4 needs prune.pattern='2:4'"
-        if device.type != "cuda" or torch.version.cuda is None:
-            return f"2:4 runs on NVIDIA GPUs, not on {device.type}"
-        if dtype not in (torch.bfloat16, torch.float16):
-            return f"2:4 runs bf16 and fp16, not {dtype}"
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "2:4 needs an NVIDIA GPU of compute capability 8.0 or later"
+    def lacks(self, device: torch.device, dtype: torch.dtype) -> str:
+        """A GPU from Ampere, with cuSPARSELt."""
+        if reason := lacks_ampere(self.name, device):
+            return reason
         if not torch.backends.cusparselt.is_available():
             return "this torch was built without cuSPARSELt"
-        if shape is not None and any(side % 16 for side in shape):
-            return f"{shape[0]} x {shape[1]} is not divisible by 16"
+        return ""
+
+    def misfit(self, weight: Tensor) -> str:
+        """Sides divisible by 16, and at most 2 nonzeros in every 4 of a row."""
+        if any(side % 16 for side in weight.shape):
+            return f"{weight.shape[0]} x {weight.shape[1]} is not divisible by 16"
+        crowded = int((weight.reshape(-1, 4).count_nonzero(1) > 2).sum())
+        if crowded:
+            return f"{crowded} groups of 4 have more than 2 nonzeros; 2:4 needs prune.pattern='2:4'"
         return ""
 
     def break_even(self, dtype: torch.dtype, use: Use) -> float:
@@ -78,11 +72,7 @@ class SemiStructured(Engine):
         return 0.5 if use == "prefill" else 1.0
 
     def encode(self, weight: Tensor, bias: Tensor | None) -> EncodedLinear:
-        """A 2:4 layer. Raises UserError where a group of 4 has more than 2 nonzeros."""
-        crowded = int((weight.reshape(-1, 4).count_nonzero(1) > 2).sum())
-        if crowded:
-            raise UserError(
-                f"a weight of {weight.shape[0]} x {weight.shape[1]} is not 2:4: {crowded} groups of"
-                " 4 have more than 2 nonzeros; prune with prune.pattern='2:4' or use another engine"
-            )
+        """A 2:4 layer. Raises UserError for a weight that is a misfit."""
+        if reason := self.misfit(weight):
+            raise UserError(f"a weight cannot be 2:4: {reason}")
         return SemiStructuredLinear(weight, bias)

@@ -175,10 +175,10 @@ def prefill(options: argparse.Namespace) -> list[dict[str, object]]:
         for weight in weights:
             weight.view(-1, 4)[:, ::2] = 0
         x = torch.randn(tokens, shape[1]).bfloat16()
-        engines = {"2:4": (SemiStructured(), "2:4"), "deltas": (Deltas(), "unstructured")}
+        engines = {engine.name: engine for engine in (SemiStructured(), Deltas())}
         works = {"dense linear": [partial(F.linear, x, weight) for weight in weights]}
-        for name, (engine, pattern) in engines.items():
-            if reason := engine.refusal(x.device, x.dtype, pattern, shape):
+        for name, engine in engines.items():
+            if reason := engine.refusal(x.device, x.dtype) or engine.misfit(weights[0]):
                 print(f"{name}: {reason}")
                 continue
             layers = [engine.encode(weight, None) for weight in weights]

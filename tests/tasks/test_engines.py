@@ -60,7 +60,7 @@ def forced(isa: int, decode_tokens: int, skips_from: float) -> Iterator[None]:
 @given(data=st.data())
 def test_any_layer_is_the_dense_one_in_float64(data: st.DataObject) -> None:
     rows, columns, tokens = (data.draw(st.integers(1, most)) for most in (300, 300, 300))
-    dtype = data.draw(st.sampled_from(bitmask.DTYPES))
+    dtype = data.draw(st.sampled_from(ENGINES["bitmask"].dtypes))
     weight = sparse(rows, columns, data.draw(st.sampled_from([0, 0.3, 0.5, 0.7, 0.95, 1])), dtype)
     weight[:: data.draw(st.integers(1, 5))] *= data.draw(st.booleans())  # rows without nonzeros
     bias = torch.randn(rows).to(dtype) if data.draw(st.booleans()) else None
@@ -83,7 +83,7 @@ def test_any_layer_is_the_dense_one_in_float64(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("isa", range(NUM_ISAS))
-@pytest.mark.parametrize("dtype", bitmask.DTYPES)
+@pytest.mark.parametrize("dtype", ENGINES["bitmask"].dtypes)
 def test_what_is_no_number_stays_none(isa: int, dtype: torch.dtype) -> None:
     weight = sparse(50, 130, 0.7, dtype)
     weight[3, 5], weight[7, 100] = float("nan"), float("inf")
