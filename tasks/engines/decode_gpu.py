@@ -33,8 +33,8 @@ from torch import Tensor
 from tasks.engines.base import EncodedLinear, Engine, Use, lacks_ampere
 
 # Chosen by `python tests/bench/engines_gpu.py --tune`, never at run time.
-ROWS = 16  # of a group: lanes of a warp that are at nearby columns
-COLUMNS_PER_PART = 128
+ROWS = 32  # of a group: lanes of a warp that are at nearby columns
+COLUMNS_PER_PART = 256
 MAX_PARTS = 32
 MAX_TOKENS = 16  # four passes over the weight, the later ones from L2
 BREAK_EVEN = 0.5  # an estimate: no GPU has run this yet
@@ -64,7 +64,7 @@ class DeltaLinear(EncodedLinear):
     @property
     def weight(self) -> Tensor:
         """The dense weight, out x in, made anew at every call."""
-        from tasks.engines.decode_kernels import expand  # only where there is Triton
+        from tasks.engines.decode_kernels import expand
 
         return expand(self)
 
@@ -81,17 +81,17 @@ class DeltaLinear(EncodedLinear):
 
 
 class Deltas(Engine):
-    """4-bit steps between nonzeros, by Triton."""
+    """4-bit steps between nonzeros."""
 
     name = "deltas"
     device, dtypes = "cuda", (torch.bfloat16, torch.float16)
 
     def lacks(self, device: torch.device, dtype: torch.dtype) -> str:
-        """A GPU from Ampere, with Triton; any shape will do."""
+        """A GPU from Ampere."""
         if reason := lacks_ampere(self.name, device):
             return reason
-        if find_spec("triton") is None:
-            return "deltas needs the package triton, which comes with torch's CUDA builds"
+        if find_spec("cuda") is None:
+            return "deltas needs the package cuda-bindings, which comes with torch's CUDA builds"
         return ""
 
     def break_even(self, dtype: torch.dtype, use: Use) -> float:

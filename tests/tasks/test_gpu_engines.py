@@ -133,25 +133,6 @@ def check(device: str, dtype: torch.dtype, rows: int, columns: int, sparsity: fl
     assert torch.equal(layer(x), F.linear(x, weight, bias))
 
 
-@pytest.mark.timeout(300)
-def test_kernels_interpreted() -> None:
-    """In a process of its own: Triton reads the variable when it is imported."""
-    pytest.importorskip("triton")
-    code = (
-        "import sys, torch\n"
-        "sys.path.insert(0, 'tests/tasks')\n"
-        "from test_gpu_engines import check\n"
-        "torch.manual_seed(0)\n"
-        "for dtype in (torch.bfloat16, torch.float16):\n"
-        "    check('cpu', dtype, 17, 90, 0.5)\n"  # two groups, lanes of more than 16 entries
-    )
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
@@ -163,17 +144,20 @@ def test_kernels(dtype: torch.dtype, rows: int, columns: int, sparsity: float) -
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("eights", [1, 2, 4])
-@pytest.mark.parametrize(("stages", "rows", "parts"), [(1, 8, 32), (3, 32, 16)])
-def test_every_tuning_computes_the_same(eights: int, stages: int, rows: int, parts: int) -> None:
-    from tasks.engines.decode_kernels import multiply
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("wide", [0, 1])
+@pytest.mark.parametrize(("blocks", "rows", "parts"), [(2, 8, 32), (1, 32, 16), (1, 64, 1)])
+def test_every_tuning_computes_the_same(
+    depth: int, wide: int, blocks: int, rows: int, parts: int
+) -> None:
+    from tasks.engines.decode_kernels import Tuning, multiply
 
     weight = sparse(300, 2048, 0.6).cuda()
     layer = DeltaLinear(weight, None, rows=rows, parts=parts)
     for tokens in (1, 4):
         x = torch.randn(tokens, 2048, device="cuda").bfloat16()
         exact = x.double() @ weight.double().t()
-        found = multiply(layer, x, eights=eights, stages=stages).double()
+        found = multiply(layer, x, Tuning(depth=depth, min_blocks=blocks, wide=wide)).double()
         assert (found - exact).norm() < 4e-3 * exact.norm()
 
 
