@@ -9,7 +9,7 @@ NVIDIA's run-time compiler comes with torch, as do its Python bindings: no CUDA 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ class Tuning:
     depth: int = 2  # chunks of 8 entries that a thread has under way
     min_blocks: int = 1  # groups at once on a multiprocessor
     wide: int = 1  # inputs of one token as floats
+    persistent: int = 0  # blocks per multiprocessor that take groups in turn; 0: a block per group
 
 
 TUNING = Tuning()
@@ -47,17 +48,21 @@ def multiply(layer: DeltaLinear, inputs: Tensor, tuning: Tuning = TUNING) -> Ten
         [tokens, rows], accumulated in float32
     """
     num_tokens, num_columns = inputs.shape
+    device, lanes, num_groups = inputs.device.index, layer.rows * layer.parts, len(layer.lengths)
     block = min(1 << (num_tokens - 1).bit_length(), MOST_TOKENS)
-    while block > 1 and 2 * block * num_columns > shared_bytes(inputs.device.index):
+    while block > 1 and 2 * block * num_columns + 4 * block * lanes > shared_bytes(device):
         block //= 2
-    shared = max(
-        num_columns * (2 * block if block > 1 or not tuning.wide else 4),
-        4 * block * layer.rows * layer.parts,
-    )
+    if 4 * (num_columns + lanes) > shared_bytes(device):
+        tuning = replace(tuning, wide=0)
+    held = 4 if block == 1 and tuning.wide else 2 * block
+    shared = -(-num_columns * held // 16) * 16 + 4 * block * lanes
+    grid = num_groups
+    if tuning.persistent:
+        grid = min(num_groups, tuning.persistent * num_multiprocessors(device))
     outputs = torch.empty(num_tokens, layer.out_features, dtype=layer.dtype, device=inputs.device)
-    sizes = layer.out_features, num_columns, num_tokens
-    grid = len(layer.lengths), -(-num_tokens // block)
-    _launch(layer, "multiply", grid, block, tuning, shared, [inputs, layer.bias, outputs], sizes)
+    sizes = num_groups, layer.out_features, num_columns, num_tokens
+    blocks = grid, -(-num_tokens // block)
+    _launch(layer, "multiply", blocks, block, tuning, shared, [inputs, layer.bias, outputs], sizes)
     return outputs
 
 
@@ -73,6 +78,12 @@ def expand(layer: DeltaLinear) -> Tensor:
 def shared_bytes(device: int) -> int:
     """Of memory that the threads of a group can share, on a device."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@cache
+def num_multiprocessors(device: int) -> int:
+    """Of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def compiled(options: tuple[str, ...], capability: tuple[int, int]) -> bytes:

@@ -248,15 +248,21 @@ def tune(options: argparse.Namespace) -> list[dict[str, object]]:
         weights = rotated(shape, sparsity, least=2.5 * (1 - sparsity))
         x = torch.randn(options.tune, shape[1]).bfloat16()
         graphs = {"dense linear": Captured([partial(F.linear, x, weight) for weight in weights])}
-        for group, parts in [(8, 32), (16, 16), (16, 32), (32, 8), (32, 16), (32, 32)]:
+        for group, parts in [(16, 16), (16, 32), (32, 16), (32, 32)]:
             layers = [DeltaLinear(weight, None, rows=group, parts=parts) for weight in weights]
-            for depth, share, wide in itertools.product((1, 2, 3), (1, 1536, 2048), (0, 1)):
+            for depth, share, persistent, wide in itertools.product(
+                (1, 2, 3), (1, 1536, 2048), (False, True), (0, 1)
+            ):
+                blocks = max(1, share // (group * parts))
                 tuning = Tuning(
-                    depth=depth, min_blocks=max(1, share // (group * parts)), wide=wide
+                    depth=depth,
+                    min_blocks=blocks,
+                    wide=wide,
+                    persistent=blocks if persistent else 0,
                 )
                 works = [partial(multiply, layer, x, tuning) for layer in layers]
-                name = f"{group}x{parts} depth {depth} blocks {tuning.min_blocks} wide {wide}"
-                graphs[name] = Captured(works)
+                name = f"{group}x{parts} depth {depth} blocks {blocks} wide {wide}"
+                graphs[name + " persistent" * persistent] = Captured(works)
         summary = timed(graphs, 7)
         dense = summary["dense linear"]["median_us"]
         settings = [name for name in graphs if name != "dense linear"]
@@ -266,7 +272,7 @@ def tune(options: argparse.Namespace) -> list[dict[str, object]]:
         rows.append(row(f"{shape[0]}x{shape[1]} {sparsity:.0%} {best}", summary, best))
     ranked = sorted(factors.items(), key=lambda each: -statistics.geometric_mean(each[1]))
     for name, each in ranked[:12] + ranked[12::8]:
-        print(f"{name:36}", *(f"{factor:.2f}" for factor in each))
+        print(f"{name:48}", *(f"{factor:.2f}" for factor in each))
     return rows
 
 
