@@ -9,7 +9,6 @@ NVIDIA's run-time compiler comes with torch, as do its Python bindings: no CUDA 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,20 +23,7 @@ SOURCE = Path(__file__).parent / "native" / "decode.cu"
 MOST_TOKENS = 8  # at once: as many sums as a thread holds
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """How memory's latency is hidden; chosen by `python tests/bench/engines_gpu.py --tune`."""
-
-    depth: int = 2  # chunks of 8 entries that a thread has under way
-    min_blocks: int = 1  # groups at once on a multiprocessor
-    wide: int = 1  # inputs of one token as floats
-    persistent: int = 0  # blocks per multiprocessor that take groups in turn; 0: a block per group
-
-
-TUNING = Tuning()
-
-
-def multiply(layer: DeltaLinear, inputs: Tensor, tuning: Tuning = TUNING) -> Tensor:
+def multiply(layer: DeltaLinear, inputs: Tensor) -> Tensor:
     """inputs W^T + bias. A CUDA graph can capture it: nothing waits for the device.
 
     Args:
@@ -48,21 +34,17 @@ def multiply(layer: DeltaLinear, inputs: Tensor, tuning: Tuning = TUNING) -> Ten
         [tokens, rows], accumulated in float32
     """
     num_tokens, num_columns = inputs.shape
-    device, lanes, num_groups = inputs.device.index, layer.rows * layer.parts, len(layer.lengths)
+    limit = shared_bytes(inputs.device.index)
     block = min(1 << (num_tokens - 1).bit_length(), MOST_TOKENS)
-    while block > 1 and 2 * block * num_columns + 4 * block * lanes > shared_bytes(device):
+    while block > 1 and 2 * block * num_columns > limit:
         block //= 2
-    if 4 * (num_columns + lanes) > shared_bytes(device):
-        tuning = replace(tuning, wide=0)
-    held = 4 if block == 1 and tuning.wide else 2 * block
-    shared = -(-num_columns * held // 16) * 16 + 4 * block * lanes
-    grid = num_groups
-    if tuning.persistent:
-        grid = min(num_groups, tuning.persistent * num_multiprocessors(device))
+    wide = block == 1 and 4 * num_columns <= limit
+    shared = max(num_columns * (4 if wide else 2 * block), 4 * block * layer.rows * layer.parts)
     outputs = torch.empty(num_tokens, layer.out_features, dtype=layer.dtype, device=inputs.device)
-    sizes = num_groups, layer.out_features, num_columns, num_tokens
-    blocks = grid, -(-num_tokens // block)
-    _launch(layer, "multiply", blocks, block, tuning, shared, [inputs, layer.bias, outputs], sizes)
+    sizes = layer.out_features, num_columns, num_tokens
+    grid = len(layer.lengths), -(-num_tokens // block)
+    options = f"-DTOKENS={block}", f"-DWIDE={int(wide)}"
+    _launch(layer, "multiply", options, grid, shared, [inputs, layer.bias, outputs], sizes)
     return outputs
 
 
@@ -70,7 +52,8 @@ def expand(layer: DeltaLinear) -> Tensor:
     """The dense weight [rows, columns]; a zero of either sign becomes +0."""
     shape = (layer.out_features, layer.in_features)
     weight = torch.zeros(shape, dtype=layer.dtype, device=layer.stream.device)
-    _launch(layer, "expand", (len(layer.lengths), 1), 1, TUNING, 0, [weight], shape[1:])
+    options = "-DTOKENS=1", "-DWIDE=1"
+    _launch(layer, "expand", options, (len(layer.lengths), 1), 0, [weight], shape[1:])
     return weight
 
 
@@ -78,12 +61,6 @@ def expand(layer: DeltaLinear) -> Tensor:
 def shared_bytes(device: int) -> int:
     """Of memory that the threads of a group can share, on a device."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
-@cache
-def num_multiprocessors(device: int) -> int:
-    """Of a device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def compiled(options: tuple[str, ...], capability: tuple[int, int]) -> bytes:
@@ -105,9 +82,8 @@ def compiled(options: tuple[str, ...], capability: tuple[int, int]) -> bytes:
 def _launch(
     layer: DeltaLinear,
     name: str,
+    options: tuple[str, ...],
     grid: tuple[int, int],
-    tokens: int,
-    tuning: Tuning,
     shared: int,
     tensors: list[Tensor | None],
     sizes: tuple[int, ...],
@@ -115,15 +91,11 @@ def _launch(
     from cuda.bindings import driver
 
     device = layer.stream.device.index
-    options = (
+    options += (
         f"-DBF16={int(layer.dtype == torch.bfloat16)}",
         f"-DStart={'short' if layer.starts.dtype == torch.int16 else 'int'}",
         f"-DROWS={layer.rows}",
         f"-DPARTS={layer.parts}",
-        f"-DTOKENS={tokens}",
-        f"-DDEPTH={tuning.depth}",
-        f"-DMIN_BLOCKS={tuning.min_blocks}",
-        f"-DWIDE={tuning.wide}",
     )
     held = [layer.stream, layer.starts, layer.offsets, layer.lengths, layer.order, *tensors]
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in held]
@@ -133,9 +105,7 @@ def _launch(
         stream = torch.cuda.current_stream().cuda_stream
         arguments = ((*pointers, *sizes), tuple(types))
         threads = layer.rows * layer.parts
-        _done(
-            driver.cuLaunchKernel(kernel, *grid, 1, threads, 1, 1, shared, stream, arguments, 0)
-        )
+        _done(driver.cuLaunchKernel(kernel, *grid, 1, threads, 1, 1, shared, stream, arguments, 0))
 
 
 @cache

@@ -1,7 +1,7 @@
 """The engines for GPUs beside cuBLAS: decoding, 2:4 for prefill, and a whole model of 7B's shape.
 
     python tests/bench/engines_gpu.py [--json] [--parts decode prefill model] [--layers 32]
-    python tests/bench/engines_gpu.py --tune 1  # the constants of decode_gpu.py and decode_kernels.py
+    python tests/bench/engines_gpu.py --tune 1  # the constants of decode_gpu.py
 
 All of it with the tests, on a machine with one GPU of 40 GB or more, is meant to take 5 minutes:
 
@@ -239,40 +239,25 @@ def whole_model(options: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def tune(options: argparse.Namespace) -> list[dict[str, object]]:
-    """Every layout and way of loading, by shape and sparsity; the best, and the best for all."""
-    from tasks.engines.decode_kernels import Tuning, multiply
-
+    """Every layout, by shape and sparsity; the best, and the best for all."""
     rows: list[dict[str, object]] = []
     factors: dict[str, list[float]] = {}
     for shape, sparsity in itertools.product(SHAPES, (0.5, 0.7)):
         weights = rotated(shape, sparsity, least=2.5 * (1 - sparsity))
         x = torch.randn(options.tune, shape[1]).bfloat16()
         graphs = {"dense linear": Captured([partial(F.linear, x, weight) for weight in weights])}
-        for group, parts in [(16, 16), (16, 32), (32, 16), (32, 32)]:
+        for group, parts in [(8, 32), (16, 16), (16, 32), (32, 8), (32, 16), (32, 32)]:
             layers = [DeltaLinear(weight, None, rows=group, parts=parts) for weight in weights]
-            for depth, share, persistent, wide in itertools.product(
-                (1, 2, 3), (1, 1536, 2048), (False, True), (0, 1)
-            ):
-                blocks = max(1, share // (group * parts))
-                tuning = Tuning(
-                    depth=depth,
-                    min_blocks=blocks,
-                    wide=wide,
-                    persistent=blocks if persistent else 0,
-                )
-                works = [partial(multiply, layer, x, tuning) for layer in layers]
-                name = f"{group}x{parts} depth {depth} blocks {blocks} wide {wide}"
-                graphs[name + " persistent" * persistent] = Captured(works)
-        summary = timed(graphs, 7)
+            graphs[f"{group}x{parts}"] = Captured([partial(layer, x) for layer in layers])
+        summary = timed(graphs, options.runs)
         dense = summary["dense linear"]["median_us"]
-        settings = [name for name in graphs if name != "dense linear"]
-        for name in settings:
+        layouts = [name for name in graphs if name != "dense linear"]
+        for name in layouts:
             factors.setdefault(name, []).append(dense / summary[name]["median_us"])
-        best = min(settings, key=_median(summary))
+        best = min(layouts, key=_median(summary))
         rows.append(row(f"{shape[0]}x{shape[1]} {sparsity:.0%} {best}", summary, best))
-    ranked = sorted(factors.items(), key=lambda each: -statistics.geometric_mean(each[1]))
-    for name, each in ranked[:12] + ranked[12::8]:
-        print(f"{name:48}", *(f"{factor:.2f}" for factor in each))
+    for name, each in sorted(factors.items(), key=lambda each: -statistics.geometric_mean(each[1])):
+        print(f"{name:8}", *(f"{factor:.2f}" for factor in each))
     return rows
 
 

@@ -91,12 +91,15 @@ struct Spread<bf16> {
   }
 };
 
-inline void list_columns(unsigned mask, int first, uint32_t scale, uint32_t* places) {
-  const auto* entry = reinterpret_cast<const __m128i*>(TABLES.columns[mask]);
-  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(entry));
-  const __m256i columns = _mm256_add_epi32(lanes, _mm256_set1_epi32(first));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(places),
-                      _mm256_mullo_epi32(columns, _mm256_set1_epi32(int(scale))));
+inline void list_columns(uint64_t mask, uint8_t* columns) {
+  for (uint64_t first = 0; first < BLOCK * 0x0101010101010101; first += 8 * 0x0101010101010101) {
+    uint64_t set;
+    memcpy(&set, TABLES.columns[mask & 255], sizeof set);
+    set += first;  // to each of its 8 bytes
+    memcpy(columns, &set, sizeof set);
+    columns += __builtin_popcount(mask & 255);
+    mask >>= 8;
+  }
 }
 
 }  // namespace

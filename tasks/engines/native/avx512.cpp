@@ -59,12 +59,18 @@ struct Spread<bf16> {
   }
 };
 
-inline void list_columns(unsigned mask, int first, uint32_t scale, uint32_t* places) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i columns = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
-  const __m512i scaled = _mm512_mullo_epi32(columns, _mm512_set1_epi32(int(scale)));
+struct Columns {
+  alignas(64) uint8_t numbers[BLOCK];
+  constexpr Columns() : numbers() {
+    for (int i = 0; i < BLOCK; ++i) numbers[i] = uint8_t(i);
+  }
+};
+constexpr Columns COLUMNS;
+
+inline void list_columns(uint64_t mask, uint8_t* columns) {
   // Compressed in a register: compressing to memory is microcode on Zen 4.
-  _mm512_storeu_si512(places, _mm512_maskz_compress_epi32(__mmask16(mask), scaled));
+  const __m512i all = _mm512_load_si512(COLUMNS.numbers);
+  _mm512_storeu_si512(columns, _mm512_maskz_compress_epi8(mask, all));
 }
 
 }  // namespace

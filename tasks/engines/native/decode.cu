@@ -1,9 +1,9 @@
 // The decode engine's kernels for NVIDIA GPUs: a sparse weight times up to TOKENS tokens, and back to
 // a dense weight. ../decode_gpu.py explains the format, ../decode_kernels.py compiles this with
 //
-//   BF16     1 for bf16, 0 for fp16          ROWS, PARTS  of a group; a thread is a lane
-//   TOKENS   1, 2, 4 or 8                    DEPTH        chunks that are under way from memory
-//   Start    type of first columns           MIN_BLOCKS   groups at once on a multiprocessor
+//   BF16     1 for bf16, 0 for fp16     ROWS, PARTS  of a group; a thread is a lane
+//   TOKENS   1, 2, 4 or 8               Start        type of first columns
+//   WIDE     whether the inputs of a single token are kept as floats
 //
 // A thread walks its lane in chunks of 8 entries: five words, of which a warp reads 128 bytes each.
 // The inputs lie in shared memory, TOKENS values side by side for each column. A column's place is a
@@ -89,20 +89,17 @@ __device__ void add(float value, const char* inputs, unsigned place, float* sums
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(LANES, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(LANES, TOKENS == 1 ? 2 : 1)
     multiply(const unsigned* stream, const Start* starts, const long long* offsets,
              const int* lengths, const int* order, const Half* x, const Half* bias, Half* out,
-             int num_groups, int num_rows, int num_columns, int num_tokens) {
-  extern __shared__ __align__(16) char inputs[];  // of all columns, then a sum for each lane
-  float* kept = reinterpret_cast<float*>(inputs + (num_columns * sizeof(Held) + 15) / 16 * 16);
-  constexpr unsigned SCALE = sizeof(Held);
-  const int lane = threadIdx.x, first_token = blockIdx.y * TOKENS;
-  int group = blockIdx.x, length = lengths[group];
-  unsigned place = unsigned(starts[group * LANES + lane]) * SCALE;
+             int num_rows, int num_columns, int num_tokens) {
+  extern __shared__ __align__(16) char inputs[];
+  const int lane = threadIdx.x, group = blockIdx.x, first_token = blockIdx.y * TOKENS;
+  const int length = lengths[group];
   const unsigned* words = stream + offsets[group] + lane;
-  Chunk chunks[DEPTH];
-#pragma unroll
-  for (int i = 0; i < DEPTH; ++i) chunks[i].load(words + 5 * i * LANES, length - 8 * i);
+  Chunk next;
+  next.load(words, length);
+  unsigned place = unsigned(starts[group * LANES + lane]) * unsigned(sizeof(Held));
 
   x += (long long)first_token * num_columns;
 #if TOKENS == 1
@@ -117,51 +114,35 @@ extern "C" __global__ void __launch_bounds__(LANES, MIN_BLOCKS)
 #endif
   __syncthreads();
 
-  while (true) {
-    const int next = group + gridDim.x;
-    int next_length = 0;
-    unsigned next_place = 0;
-    long long next_offset = 0;
-    if (next < num_groups) {
-      next_length = lengths[next];
-      next_place = unsigned(starts[next * LANES + lane]) * SCALE;
-      next_offset = offsets[next];
+  float sums[TOKENS] = {};
+  constexpr unsigned SCALE = sizeof(Held);
+  for (int entry = 0; entry < length; entry += 8) {
+    const Chunk chunk = next;
+    words += 5 * LANES;
+    next.load(words, length - entry - 8);
+    const unsigned even = chunk.steps & 0x0f0f0f0fu, odd = (chunk.steps >> 4) & 0x0f0f0f0fu;
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const Pair values = halves(chunk.values[pair]);
+      place = __dp4a(even, SCALE << (8 * pair), place);
+      add(values.low, inputs, place, sums);
+      place = __dp4a(odd, SCALE << (8 * pair), place);
+      add(values.high, inputs, place, sums);
     }
-    float sums[TOKENS] = {};
-    for (int entry = 0; entry < length; entry += 8 * DEPTH)
-#pragma unroll
-      for (int i = 0; i < DEPTH; ++i) {
-        const Chunk chunk = chunks[i];
-        words += 5 * LANES;
-        chunks[i].load(words + 5 * (DEPTH - 1) * LANES, length - entry - 8 * (i + DEPTH));
-        const unsigned even = chunk.steps & 0x0f0f0f0fu, odd = (chunk.steps >> 4) & 0x0f0f0f0fu;
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-          const Pair values = halves(chunk.values[pair]);
-          place = __dp4a(even, SCALE << (8 * pair), place);
-          add(values.low, inputs, place, sums);
-          place = __dp4a(odd, SCALE << (8 * pair), place);
-          add(values.high, inputs, place, sums);
-        }
-      }
-    words = stream + next_offset + lane;  // what comes next is under way while lanes are summed
-#pragma unroll
-    for (int i = 0; i < DEPTH; ++i) chunks[i].load(words + 5 * i * LANES, next_length - 8 * i);
+  }
 
+  __syncthreads();  // the inputs are no longer needed: their memory holds the lanes' sums
+  float* kept = reinterpret_cast<float*>(inputs);
 #pragma unroll
-    for (int token = 0; token < TOKENS; ++token) kept[token * LANES + lane] = sums[token];
-    __syncthreads();
-    for (int i = lane; i < ROWS * TOKENS; i += LANES) {
-      const int token = i / ROWS, row = order[group * ROWS + i % ROWS];
-      float sum = 0;
-      for (int part = 0; part < PARTS; ++part) sum += kept[token * LANES + part * ROWS + i % ROWS];
-      if (row >= 0 && first_token + token < num_tokens)
-        out[(long long)(first_token + token) * num_rows + row] =
-            from_float(bias ? sum + to_float(bias[row]) : sum);
-    }
-    if (next >= num_groups) return;
-    __syncthreads();
-    group = next, length = next_length, place = next_place;
+  for (int token = 0; token < TOKENS; ++token) kept[token * LANES + lane] = sums[token];
+  __syncthreads();
+  for (int i = lane; i < ROWS * TOKENS; i += LANES) {
+    const int token = i / ROWS, row = order[group * ROWS + i % ROWS];
+    float sum = 0;
+    for (int part = 0; part < PARTS; ++part) sum += kept[token * LANES + part * ROWS + i % ROWS];
+    if (row >= 0 && first_token + token < num_tokens)
+      out[(long long)(first_token + token) * num_rows + row] =
+          from_float(bias ? sum + to_float(bias[row]) : sum);
   }
 }
 

@@ -6,8 +6,8 @@
 //     over the lanes that a mask of STEP bits names, clears the others and writes STEP / WIDTH
 //     vectors, of the even and the odd columns where there are two; `copy(values, place, to)`
 //     stores the same as it is. place is PLACE * the mask;
-//   list_columns(mask, first, scale, places), which writes scale * (first + the number of the bit)
-//     for each set bit, and may write up to WIDTH entries.
+//   list_columns(mask, columns), which writes the number of each set bit, and may write up to BLOCK
+//     entries and 8 more.
 //
 // No templates of the standard library here: the linker keeps one copy of them for all files, and
 // it may be one that uses instructions which this processor lacks.
@@ -120,11 +120,11 @@ void expand_groups(const Matrix& matrix, int64_t first, int64_t last, void* dens
 
 // Prefill: zeros are skipped. For ROWS_AT_ONCE rows and a block of columns the nonzeros are listed
 // once, then each is broadcast over PANEL vectors of tokens, whose inputs for the block stay in L1.
-constexpr int ROWS_AT_ONCE = 128, STRIDE = BLOCK + 2 * WIDTH;
+constexpr int ROWS_AT_ONCE = 128;
 
-struct Row {
-  float weights[STRIDE];
-  uint32_t places[STRIDE];  // of their inputs, in floats from the block's first
+struct alignas(64) Row {
+  float weights[BLOCK + WIDTH];
+  uint8_t columns[BLOCK + 8];  // in the block
 };
 
 struct Lists {
@@ -134,19 +134,14 @@ struct Lists {
 };
 
 template <class E>
-const uint8_t* list_group(const uint8_t* from, uint32_t scale, int row, Lists& lists) {
+const uint8_t* list_group(const uint8_t* from, int row, Lists& lists) {
   const uint8_t* masks = from;
   from += MASKS_BYTES;
   for (int end = row + GROUP; row < end; ++row, masks += 8) {
-    int listed = 0;
-    for (int part = 0; part < BLOCK / WIDTH; ++part) {
-      const unsigned mask = unsigned(part_of_mask<WIDTH>(masks, part));
-      list_columns(mask, part * WIDTH, scale, lists.rows[row].places + listed);
-      listed += count(mask);
-    }
+    const int listed = lists.counts[row] = count(load64(masks));
+    list_columns(load64(masks), lists.rows[row].columns);
     for (int i = 0; i < 32 || i < listed; i += WIDTH)  // most blocks have fewer: no misprediction
       store(lists.rows[row].weights + i, widen<E>(from + i * sizeof(E)));
-    lists.counts[row] = listed;
     from += listed * sizeof(E);
   }
   return from;
@@ -166,17 +161,18 @@ void order_rows(int rows, int together, Lists& lists) {
     for (int j = i; j < i + together; ++j)
       for (int k = lists.counts[lists.order[j]]; k < longest; ++k) {
         lists.rows[lists.order[j]].weights[k] = 0;
-        lists.rows[lists.order[j]].places[k] = 0;
+        lists.rows[lists.order[j]].columns[k] = 0;
       }
     lists.counts[lists.order[i]] = longest;
   }
 }
 
-// While a row is multiplied, what comes next is fetched: the lists and sums of the rows after it, and
-// a part of `next`, the inputs of the next call, into the L2.
+// `x` is brought to the L1 in one go. While a row is multiplied, what comes next is fetched: lists and
+// sums of the rows after it, and to the L2 a part of `next`, the inputs of the next call.
 template <int PANEL, int TOGETHER>
 void multiply(const Lists& lists, int rows, const float* x, const float* next, float* sums) {
-  constexpr int LINES = PANEL * WIDTH / 16;  // of a row's sums, and of a column's inputs
+  constexpr int STEP = PANEL * WIDTH, LINES = STEP / 16;  // cache lines of a column's inputs
+  for (int line = 0; line < BLOCK * LINES; ++line) __builtin_prefetch(x + 16 * line);
   for (int i = 0; i < rows; i += TOGETHER) {
     const uint8_t* order = lists.order + i;
     const int length = lists.counts[order[0]];
@@ -186,18 +182,15 @@ void multiply(const Lists& lists, int rows, const float* x, const float* next, f
 #pragma GCC unroll 8
     for (int r = 0; r < TOGETHER; ++r) {
       row[r] = lists.rows + order[r];
-      kept[r] = sums + order[r] * PANEL * WIDTH;
+      kept[r] = sums + order[r] * STEP;
       const int after = order[r + TOGETHER];
-      for (int line = 0; line < 2; ++line) {
-        __builtin_prefetch(lists.rows[after].weights + 16 * line);
-        __builtin_prefetch(lists.rows[after].places + 16 * line);
-      }
-      for (int line = 0; line < LINES; ++line) {
-        __builtin_prefetch(sums + (after * LINES + line) * 16);
-        if ((i + r) % 2 == 0)
-          __builtin_prefetch(next + ((i + r) / 2 * LINES + line) * 16, 0, 2);
-      }
+      __builtin_prefetch(lists.rows[after].weights);
+      __builtin_prefetch(lists.rows[after].weights + 16);
+      __builtin_prefetch(lists.rows[after].columns);
+      for (int line = 0; line < LINES; ++line) __builtin_prefetch(sums + after * STEP + 16 * line);
     }
+    for (int line = i * LINES / 2; line < (i + TOGETHER) * LINES / 2; ++line)
+      __builtin_prefetch(next + 16 * line, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < TOGETHER; ++r)
 #pragma GCC unroll 8
@@ -206,7 +199,7 @@ void multiply(const Lists& lists, int rows, const float* x, const float* next, f
 #pragma GCC unroll 8
       for (int r = 0; r < TOGETHER; ++r) {
         const Vector weight = row[r]->weights[k] - Vector{};
-        const float* inputs = x + row[r]->places[k];
+        const float* inputs = x + row[r]->columns[k] * STEP;
 #pragma GCC unroll 8
         for (int p = 0; p < PANEL; ++p) sum[r][p] += weight * load(inputs + p * WIDTH);
       }
@@ -244,7 +237,7 @@ bool prefill(const Matrix& matrix, const float* x, int64_t apart, int panel, int
     lists->counts[ROWS_AT_ONCE] = 0;
     for (int64_t block = 0; block < matrix.blocks(); ++block) {
       for (int64_t group = 0; group < end - first; ++group) {
-        from[group] = list_group<E>(from[group], uint32_t(step), int(group) * GROUP, *lists);
+        from[group] = list_group<E>(from[group], int(group) * GROUP, *lists);
         __builtin_prefetch(from[group] + 256);
       }
       order_rows(rows, variant.together, *lists);

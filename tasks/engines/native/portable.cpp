@@ -45,10 +45,10 @@ struct Spread {
   }
 };
 
-void list_columns(unsigned mask, int first, uint32_t scale, uint32_t* places) {
-  for (int lane = 0; lane < WIDTH; ++lane) {
-    *places = uint32_t(first + lane) * scale;
-    places += (mask >> lane) & 1;
+void list_columns(uint64_t mask, uint8_t* columns) {
+  for (int column = 0; column < BLOCK; ++column) {
+    *columns = uint8_t(column);
+    columns += (mask >> column) & 1;
   }
 }
 
