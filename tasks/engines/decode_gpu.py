@@ -1,4 +1,4 @@
-"""Our engine for decoding on NVIDIA GPUs: unstructured sparse 16-bit weights, 1 to 16 tokens.
+"""Our engine for decoding on NVIDIA GPUs: unstructured sparse 16-bit weights, few tokens.
 
 layer = ENGINES["deltas"].encode(weight, bias)  # out x in, bf16 or fp16; called like nn.Linear
 layer.encoded_bytes / weight.nbytes  # 0.40 at 70 % zeros and 4096 columns
@@ -17,7 +17,7 @@ Bytes per weight with random zeros; dense is 2:
     4096        1.30   1.05   0.79   0.57
     11008       1.27   1.02   0.77   0.53
 
-More than 16 tokens: the weight is expanded to a dense one for the time of the call and multiplied
+More than 64 tokens: the weight is expanded to a dense one for the time of the call and multiplied
 by cuBLAS, so that no dense copy stays in memory. That never gains: unstructured zeros do not help
 tensor cores.
 """
@@ -34,9 +34,10 @@ from tasks.engines.base import EncodedLinear, Engine, Use, lacks_ampere
 
 # Chosen by `python tests/bench/engines_gpu.py --tune 1` and 4, never at run time.
 ROWS = 32  # of a group: lanes of a warp that are at nearby columns
+FEW_ROWS = 8192  # up to here in groups of half of that, so that every multiprocessor has some
 COLUMNS_PER_PART = 128
 MAX_PARTS = 32
-MAX_TOKENS = 16  # two passes over the weight
+MAX_TOKENS = 64  # in passes of 8; above, cuBLAS on the expanded weight takes less time
 BREAK_EVEN = 0.5  # there 1.4 to 1.6 times as fast as cuBLAS on an H200; not measured below
 
 
@@ -50,11 +51,12 @@ class DeltaLinear(EncodedLinear):
     order: Tensor  # int32 [groups * rows]: the row at each place, -1 where there is none
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, *, rows: int = ROWS, parts: int | None = None
+        self, weight: Tensor, bias: Tensor | None, *, rows: int = 0, parts: int = 0
     ) -> None:
-        """weight: out x in, bf16 or fp16; rows and parts: powers of 2, by default as tuned."""
+        """weight: out x in, bf16 or fp16; rows and parts: powers of 2, 0: as tuned."""
         super().__init__(weight.shape, bias)
-        if parts is None:
+        rows = rows or (ROWS if self.out_features > FEW_ROWS else ROWS // 2)
+        if not parts:
             wanted = max(self.in_features // COLUMNS_PER_PART, 32 // rows)
             parts = min(1 << (wanted.bit_length() - 1), MAX_PARTS)
         self.rows, self.parts, self.dtype = rows, parts, weight.dtype

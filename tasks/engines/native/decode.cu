@@ -99,18 +99,31 @@ extern "C" __global__ void __launch_bounds__(LANES, TOKENS == 1 ? 2 : 1)
   const unsigned* words = stream + offsets[group] + lane;
   Chunk next;
   next.load(words, length);
+  const int row = order[group * ROWS + lane % ROWS];
+  const float added = bias && row >= 0 ? to_float(bias[row]) : 0.f;
   unsigned place = unsigned(starts[group * LANES + lane]) * unsigned(sizeof(Held));
 
   x += (long long)first_token * num_columns;
 #if TOKENS == 1
-  for (int column = lane; column < num_columns; column += LANES)
-    reinterpret_cast<Held*>(inputs)[column] = narrowed(x[column]);
+  if (WIDE && num_columns % 2 == 0 && (unsigned long long)x % 4 == 0) {
+    for (int pair = lane; pair < num_columns / 2; pair += LANES) {
+      const Pair both = halves(reinterpret_cast<const unsigned*>(x)[pair]);
+      reinterpret_cast<float2*>(inputs)[pair] = {both.low, both.high};
+    }
+  } else {
+    for (int column = lane; column < num_columns; column += LANES)
+      reinterpret_cast<Held*>(inputs)[column] = narrowed(x[column]);
+  }
 #else
-  for (int column = lane; column < num_columns; column += LANES)
+  for (int column = lane; column < num_columns; column += LANES) {
+    Held found = {};
 #pragma unroll
     for (int token = 0; token < TOKENS; ++token)
-      reinterpret_cast<Half*>(inputs)[column * TOKENS + token] =
-          first_token + token < num_tokens ? x[(long long)token * num_columns + column] : 0;
+      if (first_token + token < num_tokens)
+        found.words[token / 2] |= unsigned(x[(long long)token * num_columns + column])
+                                  << (16 * (token % 2));
+    reinterpret_cast<Held*>(inputs)[column] = found;
+  }
 #endif
   __syncthreads();
 
@@ -137,12 +150,13 @@ extern "C" __global__ void __launch_bounds__(LANES, TOKENS == 1 ? 2 : 1)
   for (int token = 0; token < TOKENS; ++token) kept[token * LANES + lane] = sums[token];
   __syncthreads();
   for (int i = lane; i < ROWS * TOKENS; i += LANES) {
-    const int token = i / ROWS, row = order[group * ROWS + i % ROWS];
-    float sum = 0;
+    const int token = i / ROWS;
+    float sum = added;
+#pragma unroll
     for (int part = 0; part < PARTS; ++part) sum += kept[token * LANES + part * ROWS + i % ROWS];
     if (row >= 0 && first_token + token < num_tokens)
       out[(long long)(first_token + token) * num_rows + row] =
-          from_float(bias ? sum + to_float(bias[row]) : sum);
+          from_float(sum);
   }
 }
 
