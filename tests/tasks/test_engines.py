@@ -121,6 +121,17 @@ def test_bytes_and_state() -> None:
         layer(torch.zeros(1, 1024))
 
 
+def test_what_torch_cannot_hold_is_copied_and_saved_by_its_dense_weight() -> None:
+    weight = sparse(48, 80, 0.7, torch.float32)
+    layer = ENGINES["onednn"].encode(weight, torch.ones(48))
+    other = ENGINES["onednn"].encode(torch.zeros(48, 80), torch.zeros(48))
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 80)
+    for each in (other, copy.deepcopy(layer)):
+        assert torch.equal(each.weight, weight)
+        assert torch.equal(each(x), layer(x))
+
+
 def prune(model: nn.Module, sparsity: float) -> None:
     """Random zeros in every linear layer but the last."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
