@@ -20,13 +20,14 @@ from torch import Tensor
 from infra.errors import UserError
 from infra.specs import SpeedSpec
 from modalities.base import LoadedModality
+from modalities.prompts import noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """Something to time: `calls` makes of a model what is called, one after another."""
 
-    kind: Literal["prefill", "first token", "decode", "images"]
+    kind: Literal["prefill", "first token", "first token after an image", "decode", "images"]
     batch: int
     length: int = 0  # tokens of the prompt
     unit: Literal["ms", "tokens/s", "images/s"] = "ms"
@@ -57,7 +58,7 @@ def cases_of(modality: LoadedModality, speed: SpeedSpec) -> list[Case]:
     shortest = speed.prompts[0]
     return [
         *(prefill(ids(1, length)) for length in speed.prompts),
-        _first_token(ids(1, shortest)),
+        *_first_tokens(modality, ids(1, shortest)),
         *(decode(ids(batch, shortest), speed.new_tokens) for batch in speed.batches),
     ]
 
@@ -109,19 +110,23 @@ def _steps(model: Any, out: Any, count: int) -> None:
         out = model(input_ids=token, past_key_values=out.past_key_values)
 
 
-def _first_token(prompt: Tensor) -> Case:
-    generate = {
-        "input_ids": prompt,
-        "attention_mask": torch.ones_like(prompt),
-        "max_new_tokens": 1,
-        "do_sample": False,
-    }
-    return Case(
-        kind="first token",
-        batch=1,
-        length=prompt.shape[1],
-        calls=lambda model: repeat(partial(model.generate, **generate)),
-    )
+def _first_tokens(modality: LoadedModality, prompt: Tensor) -> Iterator[Case]:
+    """After a prompt; and, of a model that sees, after an image and a question."""
+
+    def case(kind: Any, given: dict[str, Tensor]) -> Case:
+        generate = {**given, "max_new_tokens": 1, "do_sample": False}
+        return Case(
+            kind=kind,
+            batch=1,
+            length=given["input_ids"].shape[1],
+            calls=lambda model: repeat(partial(model.generate, **generate)),
+        )
+
+    yield case("first token", {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)})
+    if prompts := getattr(modality, "prompts", None):
+        inputs = prompts.question("What is it?", noise(), []).inputs
+        on_device = {name: tensor.to(modality.device) for name, tensor in inputs.items()}
+        yield case("first token after an image", on_device)
 
 
 def _images(pixels: Tensor) -> Case:

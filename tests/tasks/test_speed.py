@@ -19,6 +19,7 @@ from infra.specs import ModelSpec, SpeedSpec
 from tasks.engines import ENGINES
 from tasks.speed import LEAST, LONG_S, WARM_UPS, measure_speed, timed
 from tasks.speed_cases import Case, decode
+from tests import vlm
 from tests.models import write_checkpoint
 from tests.timm_models import write_timm
 
@@ -132,6 +133,18 @@ def test_what_takes_long_is_repeated_less_but_in_turn(
     record, _ = timed(case, models, 5, torch.device("cpu"), limit_s)
     assert "".join(called) == ("abba" * turns)[: 2 * turns]
     assert {len(seconds) for seconds in record.seconds.values()} == {LEAST if limit_s < 60 else 5}
+
+
+def test_a_model_that_sees_is_timed_with_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSERAMP_CACHE", str(tmp_path / "cache"))
+    model = vlm.write_checkpoint("llava", tmp_path / "model")
+    spec = FEW.model_copy(update={"engines": ["dense"], "batches": [1]})
+    asked = ModelSpec(source=str(model), modality="multimodal", dtype="float32")
+    *_, seen, decoded = measure_speed(asked, spec).cases
+    assert (seen.kind, decoded.kind) == ("first token after an image", "decode")
+    assert seen.length > 16  # its patches are among them
 
 
 def test_threads_are_as_asked_and_as_before(sparse: Path) -> None:
