@@ -14,8 +14,8 @@ then four words of two values; words past the end of the lanes are left out.
 Bytes per weight with random zeros; dense is 2:
 
     in          50 %   60 %   70 %   80 %
-    4096        1.30   1.06   0.81   0.58
-    11008       1.28   1.03   0.78   0.54
+    4096        1.30   1.05   0.79   0.57
+    11008       1.27   1.02   0.77   0.53
 
 More than 16 tokens: the weight is expanded to a dense one for the time of the call and multiplied
 by cuBLAS, so that no dense copy stays in memory. That never gains: unstructured zeros do not help
@@ -32,12 +32,12 @@ from torch import Tensor
 
 from tasks.engines.base import EncodedLinear, Engine, Use, lacks_ampere
 
-# Chosen by `python tests/bench/engines_gpu.py --tune`, never at run time.
-ROWS = 16  # of a group: lanes of a warp that are at nearby columns
+# Chosen by `python tests/bench/engines_gpu.py --tune 1` and 4, never at run time.
+ROWS = 32  # of a group: lanes of a warp that are at nearby columns
 COLUMNS_PER_PART = 128
 MAX_PARTS = 32
-MAX_TOKENS = 16  # four passes over the weight, the later ones from L2
-BREAK_EVEN = 0.5  # an estimate: no GPU has run this yet
+MAX_TOKENS = 16  # two passes over the weight
+BREAK_EVEN = 0.5  # there 1.4 to 1.6 times as fast as cuBLAS on an H200; not measured below
 
 
 class DeltaLinear(EncodedLinear):
@@ -64,7 +64,7 @@ class DeltaLinear(EncodedLinear):
     @property
     def weight(self) -> Tensor:
         """The dense weight, out x in, made anew at every call."""
-        from tasks.engines.decode_kernels import expand  # only where there is Triton
+        from tasks.engines.decode_kernels import expand
 
         return expand(self)
 
@@ -81,17 +81,26 @@ class DeltaLinear(EncodedLinear):
 
 
 class Deltas(Engine):
-    """4-bit steps between nonzeros, by Triton."""
+    """4-bit steps between nonzeros."""
 
     name = "deltas"
     device, dtypes = "cuda", (torch.bfloat16, torch.float16)
 
     def lacks(self, device: torch.device, dtype: torch.dtype) -> str:
-        """A GPU from Ampere, with Triton; any shape will do."""
+        """A GPU from Ampere."""
         if reason := lacks_ampere(self.name, device):
             return reason
-        if find_spec("triton") is None:
-            return "deltas needs the package triton, which comes with torch's CUDA builds"
+        if find_spec("cuda") is None:
+            return "deltas needs the package cuda-bindings, which comes with torch's CUDA builds"
+        return ""
+
+    def misfit(self, weight: Tensor) -> str:
+        """The inputs of one token must fit the memory that a block of threads shares."""
+        from tasks.engines.decode_kernels import shared_bytes
+
+        most = shared_bytes(weight.device.index) // 2
+        if weight.shape[1] > most:
+            return f"{weight.shape[1]} inputs; this GPU holds {most} at once"
         return ""
 
     def break_even(self, dtype: torch.dtype, use: Use) -> float:

@@ -1,12 +1,12 @@
 """The engines for GPUs beside cuBLAS: decoding, 2:4 for prefill, and a whole model of 7B's shape.
 
     python tests/bench/engines_gpu.py [--json] [--parts decode prefill model] [--layers 32]
-    python tests/bench/engines_gpu.py --tune  # the constants of decode_gpu.py and decode_kernels.py
+    python tests/bench/engines_gpu.py --tune 1  # the constants of decode_gpu.py
 
 All of it with the tests, on a machine with one GPU of 40 GB or more, is meant to take 5 minutes:
 
     python -m pytest -q --noconftest -m gpu tests/tasks/test_gpu_engines.py &&
-    python tests/bench/engines_gpu.py --tune && python tests/bench/engines_gpu.py --json
+    python tests/bench/engines_gpu.py --tune 1 && python tests/bench/engines_gpu.py --json
 
 Random bf16 weights with random zeros. Each product is a CUDA graph over as many different weights
 as leave no trace of one in the L2 until it comes again; graphs are replayed in turn, medians of
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--layers", type=int, default=32, help="of the whole model")
-    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tune", type=int, default=0, metavar="TOKENS")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -76,33 +76,33 @@ def rotated(shape: tuple[int, int], sparsity: float, least: float = 2) -> list[T
     return [sparse(shape, sparsity) for _ in range(max(count, 2))]
 
 
-def captured(works: Sequence[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph:
-    """A graph of all of them, one after another."""
-    for _ in range(2):
-        for work in works:
-            work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for work in works:
-            work()
-    return graph
+class Captured:
+    """A graph of works, one after another; it keeps them, and so what they read."""
+
+    def __init__(self, works: Sequence[Callable[[], Tensor]]) -> None:
+        self.works = works
+        for _ in range(2):
+            for work in works:
+                work()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for work in works:
+                work()
 
 
-def timed(
-    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], runs: int
-) -> dict[str, dict[str, float]]:
+def timed(graphs: dict[str, Captured], runs: int) -> dict[str, dict[str, float]]:
     """Microseconds of each of a graph's works: graphs in turn, after three rounds of warm-up."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for number in range(runs + 3):
-        for name, (graph, count) in graphs.items():
+        for name, captured in graphs.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            graph.replay()
+            captured.graph.replay()
             end.record()
             end.synchronize()
             if number >= 3:
-                times[name].append(begin.elapsed_time(end) * 1e3 / count)
+                times[name].append(begin.elapsed_time(end) * 1e3 / len(captured.works))
     return summarised(times)
 
 
@@ -158,7 +158,7 @@ def decode(options: argparse.Namespace) -> list[dict[str, object]]:
             }
             if tokens == 1:
                 works["dense mv"] = [partial(torch.mv, weight, x[0]) for weight in weights]
-            graphs = {name: (captured(each), len(each)) for name, each in works.items()}
+            graphs = {name: Captured(each) for name, each in works.items()}
             summary = timed(graphs, options.runs)
             case = f"decode {shape[0]}x{shape[1]} {sparsity:.0%} {tokens} tokens"
             speed = layers[0].encoded_bytes / summary["deltas"]["median_us"] / 1e6
@@ -183,7 +183,7 @@ def prefill(options: argparse.Namespace) -> list[dict[str, object]]:
                 continue
             layers = [engine.encode(weight, None) for weight in weights]
             works[name] = [partial(layer, x) for layer in layers]
-        graphs = {name: (captured(each), len(each)) for name, each in works.items()}
+        graphs = {name: Captured(each) for name, each in works.items()}
         summary = timed(graphs, options.runs)
         case = f"prefill {shape[0]}x{shape[1]} 50% {tokens} tokens"
         rows += [row(case, summary, name) for name in engines if name in works]
@@ -215,7 +215,7 @@ def whole_model(options: argparse.Namespace) -> list[dict[str, object]]:
             return out
 
         logits[name] = step().float()
-        graphs[name] = (captured([step]), 1)
+        graphs[name] = Captured([step])
 
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for number, name in itertools.product(range(options.runs + 3), graphs):
@@ -223,7 +223,7 @@ def whole_model(options: argparse.Namespace) -> list[dict[str, object]]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(steps):
-            graphs[name][0].replay()
+            graphs[name].graph.replay()
         end.record()
         end.synchronize()
         if number >= 3:
@@ -239,37 +239,25 @@ def whole_model(options: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def tune(options: argparse.Namespace) -> list[dict[str, object]]:
-    """Every layout and way of loading, by shape and sparsity; the best, and the best for all."""
-    from tasks.engines.decode_kernels import multiply
-
+    """Every layout, by shape and sparsity; the best, and the best for all."""
     rows: list[dict[str, object]] = []
-    factors: dict[tuple[int, ...], list[float]] = {}
+    factors: dict[str, list[float]] = {}
     for shape, sparsity in itertools.product(SHAPES, (0.5, 0.7)):
         weights = rotated(shape, sparsity, least=2.5 * (1 - sparsity))
-        x = torch.randn(1, shape[1]).bfloat16()
-        works = [partial(F.linear, x, weight) for weight in weights]
-        graphs = {"dense linear": (captured(works), len(weights))}
-        settings = {}
-        for group, parts in itertools.product((8, 16, 32), (16, 32, 64)):
-            if not 256 <= group * parts <= 1024:
-                continue
+        x = torch.randn(options.tune, shape[1]).bfloat16()
+        graphs = {"dense linear": Captured([partial(F.linear, x, weight) for weight in weights])}
+        for group, parts in [(8, 32), (16, 16), (16, 32), (32, 8), (32, 16), (32, 32)]:
             layers = [DeltaLinear(weight, None, rows=group, parts=parts) for weight in weights]
-            for eights, stages in [(1, 1), (2, 1), (4, 1), (1, 3), (2, 2)]:
-                works = [
-                    partial(multiply, layer, x, eights=eights, stages=stages) for layer in layers
-                ]
-                name = f"rows {group} parts {parts} eights {eights} stages {stages}"
-                settings[name] = (group, parts, eights, stages)
-                graphs[name] = (captured(works), len(works))
-        summary = timed(graphs, 7)
+            graphs[f"{group}x{parts}"] = Captured([partial(layer, x) for layer in layers])
+        summary = timed(graphs, options.runs)
         dense = summary["dense linear"]["median_us"]
-        for name, setting in settings.items():
-            factors.setdefault(setting, []).append(dense / summary[name]["median_us"])
-        best = min(settings, key=_median(summary))
+        layouts = [name for name in graphs if name != "dense linear"]
+        for name in layouts:
+            factors.setdefault(name, []).append(dense / summary[name]["median_us"])
+        best = min(layouts, key=_median(summary))
         rows.append(row(f"{shape[0]}x{shape[1]} {sparsity:.0%} {best}", summary, best))
-    ranked = sorted(factors.items(), key=lambda each: -statistics.geometric_mean(each[1]))
-    for setting, each in ranked[:8]:
-        print("rows, parts, eights, stages", setting, *(f"{factor:.2f}" for factor in each))
+    for name, each in sorted(factors.items(), key=lambda each: -statistics.geometric_mean(each[1])):
+        print(f"{name:8}", *(f"{factor:.2f}" for factor in each))
     return rows
 
 

@@ -13,8 +13,9 @@ using Vector = __m256;
 struct Tables {
   alignas(32) int8_t bytes[256][32];   // for pshufb: a bf16 value becomes the float of its lane
   alignas(32) int32_t lanes[256][8];    // for vpermps: which value goes to the lane, or -1
+  alignas(16) int8_t halves[256][16];   // for pshufb: bf16 values to their places
   alignas(32) uint8_t columns[256][8];  // the set bits
-  constexpr Tables() : bytes(), lanes(), columns() {
+  constexpr Tables() : bytes(), lanes(), halves(), columns() {
     for (int mask = 0; mask < 256; ++mask) {
       int value = 0;
       for (int lane = 0; lane < 8; ++lane) {
@@ -23,6 +24,8 @@ struct Tables {
         bytes[mask][4 * lane + 2] = int8_t(here ? 2 * value : -1);
         bytes[mask][4 * lane + 3] = int8_t(here ? 2 * value + 1 : -1);
         lanes[mask][lane] = here ? value : -1;
+        halves[mask][2 * lane] = int8_t(here ? 2 * value : -1);
+        halves[mask][2 * lane + 1] = int8_t(here ? 2 * value + 1 : -1);
         if (here) columns[mask][value++] = uint8_t(lane);
       }
     }
@@ -42,25 +45,61 @@ Vector widen(const uint8_t* values) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
 }
 
-template <class E>
-inline Vector expand(const uint8_t* values, size_t place) {
-  if (sizeof(E) == 4) {
-    const __m256i lanes = entry(TABLES.lanes, place);
-    const __m256 packed = _mm256_loadu_ps(reinterpret_cast<const float*>(values));
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(packed, lanes), _mm256_setzero_ps(),
-                            _mm256_castsi256_ps(lanes));
-  }
-  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-  return _mm256_castsi256_ps(
-      _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(packed), entry(TABLES.bytes, place)));
+inline float sum(Vector vector) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(vector), _mm256_extractf128_ps(vector, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-inline void list_columns(unsigned mask, int first, uint32_t scale, uint32_t* places) {
-  const auto* entry = reinterpret_cast<const __m128i*>(TABLES.columns[mask]);
-  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(entry));
-  const __m256i columns = _mm256_add_epi32(lanes, _mm256_set1_epi32(first));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(places),
-                      _mm256_mullo_epi32(columns, _mm256_set1_epi32(int(scale))));
+template <class E>
+struct Spread;
+
+template <>
+struct Spread<float> {
+  static constexpr int STEP = WIDTH;
+
+  static void floats(const uint8_t* values, size_t place, Vector* to) {
+    const __m256i lanes = entry(TABLES.lanes, place);
+    const __m256 packed = _mm256_loadu_ps(reinterpret_cast<const float*>(values));
+    *to = _mm256_blendv_ps(_mm256_permutevar8x32_ps(packed, lanes), _mm256_setzero_ps(),
+                           _mm256_castsi256_ps(lanes));
+  }
+
+  static void copy(const uint8_t* values, size_t place, float* to) {
+    Vector spread;
+    floats(values, place, &spread);
+    _mm256_storeu_ps(to, spread);
+  }
+};
+
+template <>
+struct Spread<bf16> {
+  static constexpr int STEP = WIDTH;
+
+  static __m128i load(const uint8_t* values) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  }
+
+  static void floats(const uint8_t* values, size_t place, Vector* to) {
+    *to = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load(values)),
+                                                  entry(TABLES.bytes, place)));
+  }
+
+  static void copy(const uint8_t* values, size_t place, bf16* to) {
+    const __m128i lanes = load(&reinterpret_cast<const uint8_t*>(TABLES.halves)[place / 2]);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(load(values), lanes));
+  }
+};
+
+inline void list_columns(uint64_t mask, uint8_t* columns) {
+  for (uint64_t first = 0; first < BLOCK * 0x0101010101010101; first += 8 * 0x0101010101010101) {
+    uint64_t set;
+    memcpy(&set, TABLES.columns[mask & 255], sizeof set);
+    set += first;  // to each of its 8 bytes
+    memcpy(columns, &set, sizeof set);
+    columns += __builtin_popcount(mask & 255);
+    mask >>= 8;
+  }
 }
 
 }  // namespace

@@ -61,14 +61,16 @@ void in_parallel(int threads, const Task& task) {
   task(0, 1);
 }
 
-// x as floats, rows padded with zeros to whole blocks.
+// x as floats, rows padded with zeros to whole blocks; `split`: see Kernels.
 template <class E>
-void widen_inputs(const E* x, int64_t x_stride, int64_t tokens, const Matrix& matrix, float* to) {
+void widen_inputs(const E* x, int64_t x_stride, int64_t tokens, const Matrix& matrix, bool split,
+                  float* to) {
   const int64_t padded = matrix.blocks() * BLOCK;
-  for (int64_t token = 0; token < tokens; ++token, x += x_stride, to += padded) {
-    for (int64_t i = 0; i < matrix.columns; ++i) to[i] = to_float(x[i]);
-    for (int64_t i = matrix.columns; i < padded; ++i) to[i] = 0;
-  }
+  for (int64_t token = 0; token < tokens; ++token, x += x_stride, to += padded)
+    for (int64_t i = 0; i < padded; ++i) {
+      const int64_t place = split ? i / 32 * 32 + i % 2 * 16 + i % 32 / 2 : i;
+      to[place] = i < matrix.columns ? to_float(x[i]) : 0;
+    }
 }
 
 // Columns first..last of a panel of x, transposed: columns x `step` floats, zeros behind `tokens`.
@@ -86,7 +88,8 @@ bool run_decode(const Kernels& kernels, const Matrix& matrix, const E* x, int64_
                 int64_t tokens, const Output& out, int threads) {
   auto* inputs = allocate<float>(tokens * matrix.blocks() * BLOCK);
   if (!inputs) return false;
-  widen_inputs(x, x_stride, tokens, matrix, inputs);
+  const bool split = sizeof(E) == 2 && kernels.split;
+  widen_inputs(x, x_stride, tokens, matrix, split, inputs);
   in_parallel(threads, [&](int64_t part, int64_t parts) {
     const int64_t groups = matrix.groups();
     kernels.decode[sizeof(E) / 4](matrix, inputs, tokens, out, groups * part / parts,

@@ -1,10 +1,13 @@
 // What is done with a bitmask matrix, written once over vectors of WIDTH floats. Before including
 // it a file defines WIDTH, the type Vector and
 //   widen<E>(values), which reads WIDTH values as floats;
-//   expand<E>(values, place), which spreads the values over the lanes that a mask of WIDTH bits
-//     names and clears the others, place being PLACE * the mask;
-//   list_columns(mask, first, scale, places), which writes scale * (first + the number of the bit)
-//     for each set bit, and may write up to WIDTH entries.
+//   sum(vector), of its lanes;
+//   Spread<E>, which takes STEP columns at a time: `floats(values, place, to)` spreads the values
+//     over the lanes that a mask of STEP bits names, clears the others and writes STEP / WIDTH
+//     vectors, of the even and the odd columns where there are two; `copy(values, place, to)`
+//     stores the same as it is. place is PLACE * the mask;
+//   list_columns(mask, columns), which writes the number of each set bit, and may write up to BLOCK
+//     entries and 8 more.
 //
 // No templates of the standard library here: the linker keeps one copy of them for all files, and
 // it may be one that uses instructions which this processor lacks.
@@ -18,11 +21,11 @@ inline Vector load(const float* from) { return *reinterpret_cast<const Loose*>(f
 inline void store(float* to, Vector value) { *reinterpret_cast<Loose*>(to) = value; }
 inline int count(uint64_t mask) { return __builtin_popcountll(mask); }
 
-inline unsigned part_of_mask(const uint8_t* mask, int part) {
-  if (WIDTH == 4) return (mask[part / 2] >> (4 * (part & 1))) & 15;
-  if (WIDTH == 8) return mask[part];
-  uint16_t bits;
-  memcpy(&bits, mask + 2 * part, sizeof bits);
+template <int STEP>
+inline size_t part_of_mask(const uint8_t* mask, int part) {
+  if (STEP == 4) return (mask[part / 2] >> (4 * (part & 1))) & 15;
+  uint32_t bits = 0;
+  memcpy(&bits, mask + part * STEP / 8, STEP / 8);
   return bits;
 }
 
@@ -32,6 +35,7 @@ inline unsigned part_of_mask(const uint8_t* mask, int part) {
 template <class E, int TOKENS>
 void decode_group(const Matrix& matrix, int64_t group, const float* x, int64_t token,
                   const Output& out) {
+  constexpr int STEP = Spread<E>::STEP, VECTORS = STEP / WIDTH;
   const int64_t blocks = matrix.blocks();
   const uint8_t* from = matrix.stream + matrix.offsets[group];
   x += token * blocks * BLOCK;
@@ -47,27 +51,29 @@ void decode_group(const Matrix& matrix, int64_t group, const float* x, int64_t t
         __builtin_prefetch(values[row] + 1536 + 64 * line);
     }
 #pragma GCC unroll 8
-    for (int part = 0; part < BLOCK / WIDTH; ++part) {
-      Vector inputs[TOKENS];
+    for (int part = 0; part < BLOCK / STEP; ++part) {
+      Vector inputs[TOKENS][VECTORS];
 #pragma GCC unroll 4
       for (int i = 0; i < TOKENS; ++i)
-        inputs[i] = load(x + (i * blocks + block) * BLOCK + part * WIDTH);
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v)
+          inputs[i][v] = load(x + (i * blocks + block) * BLOCK + part * STEP + v * WIDTH);
 #pragma GCC unroll 4
       for (int row = 0; row < GROUP; ++row) {
-        const size_t place = part_of_mask(masks + 8 * row, part) * size_t(PLACE);
-        const Vector weights = expand<E>(values[row], place);
-        values[row] += sizeof(E) * count(place);
+        const size_t mask = part_of_mask<STEP>(masks + 8 * row, part);
+        Vector weights[VECTORS];
+        Spread<E>::floats(values[row], mask * PLACE, weights);
+        values[row] += sizeof(E) * count(mask);
 #pragma GCC unroll 4
-        for (int i = 0; i < TOKENS; ++i) sums[row][i] += weights * inputs[i];
+        for (int i = 0; i < TOKENS; ++i)
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; ++v) sums[row][i] += weights[v] * inputs[i][v];
       }
     }
   }
   for (int row = 0; row < GROUP && group * GROUP + row < matrix.rows; ++row)
-    for (int i = 0; i < TOKENS; ++i) {
-      float sum = 0;
-      for (int lane = 0; lane < WIDTH; ++lane) sum += sums[row][i][lane];
-      store_output<E>(out, token + i, group * GROUP + row, sum);
-    }
+    for (int i = 0; i < TOKENS; ++i)
+      store_output<E>(out, token + i, group * GROUP + row, sum(sums[row][i]));
 }
 
 template <class E>
@@ -85,16 +91,8 @@ void decode(const Matrix& matrix, const float* x, int64_t tokens, const Output& 
 
 // Whole again: rows of a group into a dense matrix, for a dense kernel or a reader.
 template <class E>
-void store_weights(E* to, Vector weights) {
-  if (sizeof(E) == 4) return store(reinterpret_cast<float*>(to), weights);
-  using Bits = uint32_t __attribute__((vector_size(WIDTH * 4)));
-  using Halves = bf16 __attribute__((vector_size(WIDTH * 2)));
-  const Halves halves = __builtin_convertvector((Bits)weights >> 16, Halves);
-  memcpy(to, &halves, sizeof halves);
-}
-
-template <class E>
 void expand_group(const Matrix& matrix, int64_t group, E* dense) {
+  constexpr int STEP = Spread<E>::STEP;
   const uint8_t* from = matrix.stream + matrix.offsets[group];
   for (int64_t first = 0; first < matrix.columns; first += BLOCK) {
     const uint8_t* masks = from;
@@ -103,10 +101,11 @@ void expand_group(const Matrix& matrix, int64_t group, E* dense) {
     for (int row = 0; row < GROUP && group * GROUP + row < matrix.rows; ++row, masks += 8) {
       E whole[BLOCK];
       E* to = dense + row * matrix.columns + first;
-      for (int part = 0; part < BLOCK / WIDTH; ++part) {
-        const size_t place = part_of_mask(masks, part) * size_t(PLACE);
-        store_weights((width == BLOCK ? to : whole) + part * WIDTH, expand<E>(from, place));
-        from += sizeof(E) * count(place);
+#pragma GCC unroll 4
+      for (int part = 0; part < BLOCK / STEP; ++part) {
+        const size_t mask = part_of_mask<STEP>(masks, part);
+        Spread<E>::copy(from, mask * PLACE, (width == BLOCK ? to : whole) + part * STEP);
+        from += sizeof(E) * count(mask);
       }
       if (width < BLOCK) memcpy(to, whole, width * sizeof(E));
     }
@@ -121,11 +120,11 @@ void expand_groups(const Matrix& matrix, int64_t first, int64_t last, void* dens
 
 // Prefill: zeros are skipped. For ROWS_AT_ONCE rows and a block of columns the nonzeros are listed
 // once, then each is broadcast over PANEL vectors of tokens, whose inputs for the block stay in L1.
-constexpr int ROWS_AT_ONCE = 128, STRIDE = BLOCK + 2 * WIDTH;
+constexpr int ROWS_AT_ONCE = 128;
 
-struct Row {
-  float weights[STRIDE];
-  uint32_t places[STRIDE];  // of their inputs, in floats from the block's first
+struct alignas(64) Row {
+  float weights[BLOCK + WIDTH];
+  uint8_t columns[BLOCK + 8];  // in the block
 };
 
 struct Lists {
@@ -135,19 +134,14 @@ struct Lists {
 };
 
 template <class E>
-const uint8_t* list_group(const uint8_t* from, uint32_t scale, int row, Lists& lists) {
+const uint8_t* list_group(const uint8_t* from, int row, Lists& lists) {
   const uint8_t* masks = from;
   from += MASKS_BYTES;
   for (int end = row + GROUP; row < end; ++row, masks += 8) {
-    int listed = 0;
-    for (int part = 0; part < BLOCK / WIDTH; ++part) {
-      const unsigned mask = part_of_mask(masks, part);
-      list_columns(mask, part * WIDTH, scale, lists.rows[row].places + listed);
-      listed += count(mask);
-    }
+    const int listed = lists.counts[row] = count(load64(masks));
+    list_columns(load64(masks), lists.rows[row].columns);
     for (int i = 0; i < 32 || i < listed; i += WIDTH)  // most blocks have fewer: no misprediction
       store(lists.rows[row].weights + i, widen<E>(from + i * sizeof(E)));
-    lists.counts[row] = listed;
     from += listed * sizeof(E);
   }
   return from;
@@ -167,14 +161,18 @@ void order_rows(int rows, int together, Lists& lists) {
     for (int j = i; j < i + together; ++j)
       for (int k = lists.counts[lists.order[j]]; k < longest; ++k) {
         lists.rows[lists.order[j]].weights[k] = 0;
-        lists.rows[lists.order[j]].places[k] = 0;
+        lists.rows[lists.order[j]].columns[k] = 0;
       }
     lists.counts[lists.order[i]] = longest;
   }
 }
 
+// `x` is brought to the L1 in one go. While a row is multiplied, what comes next is fetched: lists and
+// sums of the rows after it, and to the L2 a part of `next`, the inputs of the next call.
 template <int PANEL, int TOGETHER>
-void multiply(const Lists& lists, int rows, const float* x, float* sums) {
+void multiply(const Lists& lists, int rows, const float* x, const float* next, float* sums) {
+  constexpr int STEP = PANEL * WIDTH, LINES = STEP / 16;  // cache lines of a column's inputs
+  for (int line = 0; line < BLOCK * LINES; ++line) __builtin_prefetch(x + 16 * line);
   for (int i = 0; i < rows; i += TOGETHER) {
     const uint8_t* order = lists.order + i;
     const int length = lists.counts[order[0]];
@@ -184,8 +182,15 @@ void multiply(const Lists& lists, int rows, const float* x, float* sums) {
 #pragma GCC unroll 8
     for (int r = 0; r < TOGETHER; ++r) {
       row[r] = lists.rows + order[r];
-      kept[r] = sums + order[r] * PANEL * WIDTH;
+      kept[r] = sums + order[r] * STEP;
+      const int after = order[r + TOGETHER];
+      __builtin_prefetch(lists.rows[after].weights);
+      __builtin_prefetch(lists.rows[after].weights + 16);
+      __builtin_prefetch(lists.rows[after].columns);
+      for (int line = 0; line < LINES; ++line) __builtin_prefetch(sums + after * STEP + 16 * line);
     }
+    for (int line = i * LINES / 2; line < (i + TOGETHER) * LINES / 2; ++line)
+      __builtin_prefetch(next + 16 * line, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < TOGETHER; ++r)
 #pragma GCC unroll 8
@@ -194,7 +199,7 @@ void multiply(const Lists& lists, int rows, const float* x, float* sums) {
 #pragma GCC unroll 8
       for (int r = 0; r < TOGETHER; ++r) {
         const Vector weight = row[r]->weights[k] - Vector{};
-        const float* inputs = x + row[r]->places[k];
+        const float* inputs = x + row[r]->columns[k] * STEP;
 #pragma GCC unroll 8
         for (int p = 0; p < PANEL; ++p) sum[r][p] += weight * load(inputs + p * WIDTH);
       }
@@ -207,7 +212,7 @@ void multiply(const Lists& lists, int rows, const float* x, float* sums) {
 }
 
 struct Variant {
-  void (*multiply)(const Lists&, int rows, const float* x, float* sums);
+  void (*multiply)(const Lists&, int rows, const float* x, const float* next, float* sums);
   int together;
 };
 constexpr Variant VARIANTS[] = {
@@ -232,12 +237,15 @@ bool prefill(const Matrix& matrix, const float* x, int64_t apart, int panel, int
     lists->counts[ROWS_AT_ONCE] = 0;
     for (int64_t block = 0; block < matrix.blocks(); ++block) {
       for (int64_t group = 0; group < end - first; ++group) {
-        from[group] = list_group<E>(from[group], uint32_t(step), int(group) * GROUP, *lists);
+        from[group] = list_group<E>(from[group], int(group) * GROUP, *lists);
         __builtin_prefetch(from[group] + 256);
       }
       order_rows(rows, variant.together, *lists);
-      for (int i = 0; i < panels; ++i)
-        variant.multiply(*lists, rows, x + i * apart + block * BLOCK * step, sums + i * apart_sums);
+      for (int i = 0; i < panels; ++i) {
+        const float* inputs = x + i * apart + block * BLOCK * step;
+        const float* next = i + 1 < panels ? inputs + apart : inputs - i * apart + BLOCK * step;
+        variant.multiply(*lists, rows, inputs, next, sums + i * apart_sums);
+      }
     }
     for (int64_t token = 0; token < tokens; ++token)
       for (int row = 0; row < rows && first * GROUP + row < matrix.rows; ++row)
@@ -252,5 +260,5 @@ bool prefill(const Matrix& matrix, const float* x, int64_t apart, int panel, int
 }  // namespace
 
 #define KERNELS                                                            \
-  {WIDTH, WIDTH == 16 ? 4 : 8, {decode<bf16>, decode<float>}, {prefill<bf16>, prefill<float>}, \
+  {WIDTH, WIDTH == 16 ? 4 : 8, Spread<bf16>::STEP > WIDTH, {decode<bf16>, decode<float>}, {prefill<bf16>, prefill<float>}, \
    {expand_groups<bf16>, expand_groups<float>}}

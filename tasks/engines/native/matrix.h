@@ -30,6 +30,7 @@ struct Output {
 struct Kernels {
   int width;       // floats in a vector
   int max_panel;   // vectors of tokens that `prefill` takes at a time
+  bool split;      // for bf16, `decode` wants the even columns of each 32 before the odd ones
   // out = x W^T for the groups first..last. x: tokens x (blocks * 64) floats, zeros at the end.
   void (*decode[2])(const Matrix&, const float* x, int64_t tokens, const Output&, int64_t first,
                     int64_t last);

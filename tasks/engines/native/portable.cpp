@@ -18,23 +18,37 @@ Vector widen(const uint8_t* values) {
   return wide;
 }
 
-template <class E>
-Vector expand(const uint8_t* values, size_t mask) {
-  Vector spread = {};
-  for (int lane = 0; lane < WIDTH; ++lane) {
-    E value;
-    memcpy(&value, values, sizeof value);
-    const unsigned here = (mask >> lane) & 1;
-    spread[lane] = here ? to_float(value) : 0.0f;
-    values += here * sizeof(E);
-  }
-  return spread;
+float sum(Vector vector) {
+  float total = 0;
+  for (int lane = 0; lane < WIDTH; ++lane) total += vector[lane];
+  return total;
 }
 
-void list_columns(unsigned mask, int first, uint32_t scale, uint32_t* places) {
-  for (int lane = 0; lane < WIDTH; ++lane) {
-    *places = uint32_t(first + lane) * scale;
-    places += (mask >> lane) & 1;
+template <class E>
+struct Spread {
+  static constexpr int STEP = WIDTH;
+
+  static void copy(const uint8_t* values, size_t mask, E* to) {
+    for (int lane = 0; lane < WIDTH; ++lane) {
+      E value;
+      memcpy(&value, values, sizeof value);
+      const unsigned here = (mask >> lane) & 1;
+      to[lane] = here ? value : E(0);
+      values += here * sizeof(E);
+    }
+  }
+
+  static void floats(const uint8_t* values, size_t mask, Vector* to) {
+    E spread[WIDTH];
+    copy(values, mask, spread);
+    for (int lane = 0; lane < WIDTH; ++lane) (*to)[lane] = to_float(spread[lane]);
+  }
+};
+
+void list_columns(uint64_t mask, uint8_t* columns) {
+  for (int column = 0; column < BLOCK; ++column) {
+    *columns = uint8_t(column);
+    columns += (mask >> column) & 1;
   }
 }
 
