@@ -83,6 +83,9 @@ def main() -> None:
     if options.threads == 1:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     found: dict[str, Any] = {"sparsity": options.sparsity, "threads": options.threads}
+    for name in options.dtype:
+        if reason := ENGINES["onednn"].refusal(CPU, DTYPES[name]):
+            print(f"onednn is left out of {name}: {reason}")
     with torch.inference_mode():
         if "small" in options.part:
             found["small"] = [row for name in options.dtype for row in small(options, name)]
@@ -203,8 +206,7 @@ def in_engines(model: Any) -> tuple[dict[str, nn.Module], float]:
     models: dict[str, nn.Module] = {"dense": model}
     share = 1.0
     for name in ("onednn", "bitmask"):
-        if reason := ENGINES[name].refusal(CPU, dtype):
-            print(f"{name} is left out: {reason}")
+        if ENGINES[name].refusal(CPU, dtype):
             continue
         models[name] = copy.deepcopy(model, dict(shared))
         layers = convert(models[name], name)
