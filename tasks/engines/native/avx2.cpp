@@ -4,7 +4,6 @@
 
 #include "matrix.h"
 #define WIDTH 8
-#define PLACE 32  // bytes of a table's entry: one shift less for each look-up
 
 namespace {
 
@@ -12,7 +11,7 @@ using Vector = __m256;
 
 struct Tables {
   alignas(32) int8_t bytes[256][32];   // for pshufb: a bf16 value becomes the float of its lane
-  alignas(32) int32_t lanes[256][8];    // for vpermps: which value goes to the lane, or -1
+  alignas(64) int8_t lanes[256][8];     // for vpermps: which value goes to the lane, or -1
   alignas(16) int8_t halves[256][16];   // for pshufb: bf16 values to their places
   alignas(32) uint8_t columns[256][8];  // the set bits
   constexpr Tables() : bytes(), lanes(), halves(), columns() {
@@ -23,7 +22,7 @@ struct Tables {
         bytes[mask][4 * lane] = bytes[mask][4 * lane + 1] = -1;
         bytes[mask][4 * lane + 2] = int8_t(here ? 2 * value : -1);
         bytes[mask][4 * lane + 3] = int8_t(here ? 2 * value + 1 : -1);
-        lanes[mask][lane] = here ? value : -1;
+        lanes[mask][lane] = int8_t(here ? value : -1);
         halves[mask][2 * lane] = int8_t(here ? 2 * value : -1);
         halves[mask][2 * lane + 1] = int8_t(here ? 2 * value + 1 : -1);
         if (here) columns[mask][value++] = uint8_t(lane);
@@ -32,11 +31,6 @@ struct Tables {
   }
 };
 constexpr Tables TABLES;
-
-inline __m256i entry(const void* table, size_t place) {
-  return _mm256_load_si256(
-      reinterpret_cast<const __m256i*>(static_cast<const uint8_t*>(table) + place));
-}
 
 template <class E>
 Vector widen(const uint8_t* values) {
@@ -58,16 +52,19 @@ template <>
 struct Spread<float> {
   static constexpr int STEP = WIDTH;
 
-  static void floats(const uint8_t* values, size_t place, Vector* to) {
-    const __m256i lanes = entry(TABLES.lanes, place);
+  static void floats(const uint8_t* values, size_t mask, Vector* to) {
+    const auto* entry = reinterpret_cast<const __m128i*>(TABLES.lanes[mask]);
+    const __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(entry));
     const __m256 packed = _mm256_loadu_ps(reinterpret_cast<const float*>(values));
-    *to = _mm256_blendv_ps(_mm256_permutevar8x32_ps(packed, lanes), _mm256_setzero_ps(),
+    __m256 zero = _mm256_setzero_ps();
+    __asm__("" : "+x"(zero));  // known to be zero, gcc makes two instructions of the blend
+    *to = _mm256_blendv_ps(_mm256_permutevar8x32_ps(packed, lanes), zero,
                            _mm256_castsi256_ps(lanes));
   }
 
-  static void copy(const uint8_t* values, size_t place, float* to) {
+  static void copy(const uint8_t* values, size_t mask, float* to) {
     Vector spread;
-    floats(values, place, &spread);
+    floats(values, mask, &spread);
     _mm256_storeu_ps(to, spread);
   }
 };
@@ -80,14 +77,16 @@ struct Spread<bf16> {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
   }
 
-  static void floats(const uint8_t* values, size_t place, Vector* to) {
+  static void floats(const uint8_t* values, size_t mask, Vector* to) {
+    const auto* entry = reinterpret_cast<const __m256i*>(TABLES.bytes[mask]);
     *to = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load(values)),
-                                                  entry(TABLES.bytes, place)));
+                                                  _mm256_load_si256(entry)));
   }
 
-  static void copy(const uint8_t* values, size_t place, bf16* to) {
-    const __m128i lanes = load(&reinterpret_cast<const uint8_t*>(TABLES.halves)[place / 2]);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(load(values), lanes));
+  static void copy(const uint8_t* values, size_t mask, bf16* to) {
+    const auto* entry = reinterpret_cast<const __m128i*>(TABLES.halves[mask]);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_shuffle_epi8(load(values), _mm_load_si128(entry)));
   }
 };
 

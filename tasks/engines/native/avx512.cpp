@@ -4,7 +4,6 @@
 
 #include "matrix.h"
 #define WIDTH 16
-#define PLACE 1
 
 namespace {
 

@@ -2,10 +2,10 @@
 // it a file defines WIDTH, the type Vector and
 //   widen<E>(values), which reads WIDTH values as floats;
 //   sum(vector), of its lanes;
-//   Spread<E>, which takes STEP columns at a time: `floats(values, place, to)` spreads the values
+//   Spread<E>, which takes STEP columns at a time: `floats(values, mask, to)` spreads the values
 //     over the lanes that a mask of STEP bits names, clears the others and writes STEP / WIDTH
-//     vectors, of the even and the odd columns where there are two; `copy(values, place, to)`
-//     stores the same as it is. place is PLACE * the mask;
+//     vectors, of the even and the odd columns where there are two; `copy(values, mask, to)`
+//     stores the same as it is;
 //   list_columns(mask, columns), which writes the number of each set bit, and may write up to BLOCK
 //     entries and 8 more.
 //
@@ -62,7 +62,7 @@ void decode_group(const Matrix& matrix, int64_t group, const float* x, int64_t t
       for (int row = 0; row < GROUP; ++row) {
         const size_t mask = part_of_mask<STEP>(masks + 8 * row, part);
         Vector weights[VECTORS];
-        Spread<E>::floats(values[row], mask * PLACE, weights);
+        Spread<E>::floats(values[row], mask, weights);
         values[row] += sizeof(E) * count(mask);
 #pragma GCC unroll 4
         for (int i = 0; i < TOKENS; ++i)
@@ -104,7 +104,7 @@ void expand_group(const Matrix& matrix, int64_t group, E* dense) {
 #pragma GCC unroll 4
       for (int part = 0; part < BLOCK / STEP; ++part) {
         const size_t mask = part_of_mask<STEP>(masks, part);
-        Spread<E>::copy(from, mask * PLACE, (width == BLOCK ? to : whole) + part * STEP);
+        Spread<E>::copy(from, mask, (width == BLOCK ? to : whole) + part * STEP);
         from += sizeof(E) * count(mask);
       }
       if (width < BLOCK) memcpy(to, whole, width * sizeof(E));

@@ -1,7 +1,6 @@
 // The kernels for any processor, in whatever vectors of 16 bytes it has.
 #include "matrix.h"
 #define WIDTH 4
-#define PLACE 1
 
 namespace {
 
