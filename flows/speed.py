@@ -125,6 +125,7 @@ def summary(record: SpeedRecord) -> dict[str, Any]:
         case.model_dump(exclude={"seconds"})
         | {
             "title": title(case),
+            "num_timings": len(next(iter(case.seconds.values()))),
             "timings": [asdict(timing) for timing in timings(case, record.engines)],
         }
         for case in record.cases
@@ -172,32 +173,34 @@ def print_speed(record: SpeedRecord) -> None:
     )
     table = Table()
     ran = [engine for engine in record.engines if not engine.refusal]
-    for column in ("", "unit", *(engine.name for engine in ran)):
+    for column in ("", "unit", "n", *(engine.name for engine in ran)):
         table.add_column(column, justify="right" if column else "left")
     for case in record.cases:
         cells = []
         for timing in timings(case, record.engines):
             versus = f" {timing.ratio:.2f}x" if timing.gain else ""
             cells.append(f"{timing.median:.4g} ({timing.low:.4g} to {timing.high:.4g}){versus}")
-        table.add_row(title(case), case.unit, *cells)
+        table.add_row(title(case), case.unit, str(len(next(iter(case.seconds.values())))), *cells)
     for name, sizes in (
         ("weights in memory", [engine.resident_bytes for engine in ran]),
         ("with the most beside", [engine.peak_bytes for engine in ran]),
     ):
-        table.add_row(name, "MB", *(f"{size / 1e6:.1f}" for size in sizes))
+        table.add_row(name, "MB", "", *(f"{size / 1e6:.1f}" for size in sizes))
     encoded = [sum(not layer.reason for layer in engine.layers) for engine in ran]
     table.add_row(
         "layers encoded",
+        "",
         "",
         *(
             "" if engine.baseline else f"{count} of {len(engine.layers)}"
             for engine, count in zip(ran, encoded, strict=True)
         ),
     )
-    table.add_row("KL to dense", f"nats/{_unit(record)}", *(f"{engine.kl:.2g}" for engine in ran))
+    divergences = (f"{engine.kl:.2g}" for engine in ran)
+    table.add_row("KL to dense", f"nats/{_unit(record)}", "", *divergences)
     console.print(table)
     console.print(
-        "Median and quartiles of interleaved timings; a factor is over the faster dense engine, "
+        "Median and quartiles of n interleaved timings; a factor is over the faster dense engine, "
         "timing by timing, and stands only where three of four beat it."
     )
     for engine in record.engines:

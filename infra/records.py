@@ -232,7 +232,7 @@ class SpeedEngine(Frozen):
 class SpeedCase(Frozen):
     """One thing that was timed, on all engines in turn."""
 
-    kind: Literal["prefill", "first token", "decode", "images"]
+    kind: Literal["prefill", "first token", "first token after an image", "decode", "images"]
     batch: int
     length: int = Field(description="tokens of the prompt; 0 for images")
     unit: Literal["ms", "tokens/s", "images/s"]

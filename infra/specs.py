@@ -212,8 +212,11 @@ class SpeedSpec(Frozen):
     images: list[Annotated[int, Field(ge=1)]] = Field(
         [1, 64], description="images that are classified at once"
     )
-    new_tokens: int = Field(16, ge=1, description="decoded per timing")
-    runs: int = Field(7, ge=3, description="timings of each engine in each case, interleaved")
+    new_tokens: int = Field(8, ge=1, description="decoded per timing")
+    runs: int = Field(7, ge=3, description="timings of each engine in a case, interleaved")
+    case_s: float = Field(
+        8, ge=0, description="after so long a case is timed no further, but for the third time"
+    )
     threads: int = Field(0, ge=0, description="0: all that the task is given")
 
 

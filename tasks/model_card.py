@@ -71,8 +71,8 @@ of {_public(texts["report"])}, calibrated
 - **Rates**: {_rates(best, prune)}
   `sparsity.json` lists every matrix.
 
-**The weights are masked, not packed**: zeros are stored as ordinary numbers, so this checkpoint
-is neither smaller nor faster than the base model until an engine makes use of the zeros.
+**The weights are masked**: zeros are stored and multiplied like other numbers. `sparseramp pack`
+stores them in less space, and `sparseramp speed` measures which engines gain from them.
 
 ```python
 {_LOADING[spec["model"]["modality"]]}

@@ -8,6 +8,7 @@ whatever disturbs the machine meets all of them. Kept are the times, not their m
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Iterator
@@ -27,10 +28,12 @@ from infra.specs import ModelSpec, SpeedSpec
 from modalities import load
 from modalities.base import LoadedModality
 from tasks.engines import ENGINES, EncodedLinear, Use, convert
-from tasks.speed_cases import Case, cases_of, generate, image_batch
+from tasks.speed_cases import Case, cases_of, image_batch
 from tasks.trial import device_name
 
 WARM_UPS = 3
+LONG_S = 0.25  # of a call; after one of these everything is warm
+LEAST = 3  # timings that a case has however long they take
 TEXT = "The history of the city begins with"  # all engines continue it, to be compared
 CONTINUED = 64
 
@@ -51,13 +54,15 @@ def measure_speed(model: ModelSpec, speed: SpeedSpec) -> SpeedRecord:
         cases = cases_of(modality, speed)
         models: dict[str, nn.Module] = {}
         engines = []
+        spare: nn.Module | None = modality.model.to(device)
         for name in dict.fromkeys(["dense", *(speed.engines or ENGINES)]):
-            each = load(model, device).model.to(device)
+            each = load(model, device).model.to(device) if spare is None else spare
             engines.append(_converted(each, name, use, asked=bool(speed.engines)))
-            if not engines[-1].refusal:
+            spare = each if engines[-1].refusal else None  # what was refused is as it was
+            if not spare:
                 models[name] = each
-        timed = [_timed(case, models, speed.runs, device) for case in cases]
-        extra = {name: max(added[name] for _, added in timed) for name in models}
+        done = [timed(case, models, speed.runs, device, speed.case_s) for case in cases]
+        extra = {name: max(added[name] for _, added in done) for name in models}
         found = _differences(modality, models)
         return SpeedRecord(
             checkpoint=model.source,
@@ -80,7 +85,7 @@ def measure_speed(model: ModelSpec, speed: SpeedSpec) -> SpeedRecord:
                 else engine
                 for engine in engines
             ],
-            cases=[case for case, _ in timed],
+            cases=[case for case, _ in done],
         )
 
 
@@ -110,33 +115,50 @@ def _converted(model: nn.Module, name: str, use: Use, *, asked: bool) -> SpeedEn
     )
 
 
-def _timed(
-    case: Case, models: dict[str, nn.Module], runs: int, device: torch.device
+def timed(
+    case: Case,
+    models: dict[str, nn.Module],
+    runs: int,
+    device: torch.device,
+    limit_s: float = math.inf,
 ) -> tuple[SpeedCase, dict[str, int]]:
-    """Seconds of every run by engine, and the bytes that each needs beside its weights."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    """Seconds of every run by engine, and the bytes that each needs beside its weights.
+
+    All engines run in turn, each time another one first. No further round begins after `limit_s`
+    of them, but for the third.
+    """
     extra = dict.fromkeys(models, 0)
+    calls = {name: case.calls(model) for name, model in models.items()}
     order = list(models)
-    for run in range(-WARM_UPS, runs):
+
+    def turn() -> dict[str, float]:
+        seconds = {}
         for name in order:
-            call = case.prepare(models[name])
+            call = next(calls[name])
             with _memory(device) as memory:
                 _wait(device)
                 began = time.perf_counter()
                 call()
                 _wait(device)
-                took = time.perf_counter() - began
-            if run >= 0:
-                seconds[name].append(took)
+                seconds[name] = time.perf_counter() - began
             extra[name] = max(extra[name], memory.added)
         order.append(order.pop(0))  # none always runs after the same one
+        return seconds
+
+    for _ in range(WARM_UPS):
+        if min(turn().values()) > LONG_S:
+            break
+    began = time.perf_counter()
+    turns: list[dict[str, float]] = []
+    while len(turns) < runs and (len(turns) < LEAST or time.perf_counter() - began < limit_s):
+        turns.append(turn())
     record = SpeedCase(
         kind=case.kind,
         batch=case.batch,
         length=case.length,
         unit=case.unit,
         work=case.work,
-        seconds=seconds,
+        seconds={name: [seconds[name] for seconds in turns] for name in models},
     )
     return record, extra
 
@@ -146,24 +168,23 @@ def _differences(
 ) -> dict[str, dict[str, Any]]:
     """How far each engine's answers are from those of the first model, which is dense.
 
-    Of a text: the greedy tokens that are the same up to the first that is not, and, along the
-    dense model's continuation, the mean KL divergence in nats per token and the largest difference
-    of a logit. Of images: the same of the class logits of random pixels.
+    Along the dense model's greedy continuation of a text: the tokens that an engine chooses as
+    well, up to the first that it does not, the mean KL divergence in nats per token, and the
+    largest difference of a logit. Of images: the last two of the class logits of random pixels.
     """
+    logits = {}
+    same = {}
     if modality.writer is None:
         inputs = image_batch(modality, CONTINUED)
         logits = {name: model(inputs) for name, model in models.items()}
-        same = {}
     else:
         tokenizer = getattr(modality.writer, "tokenizer", modality.writer)
         prompt = tokenizer(TEXT, return_tensors="pt").input_ids.to(modality.device)
-        made = {name: generate(model, prompt, CONTINUED)[0] for name, model in models.items()}
-        first = made[next(iter(models))]
-        start = prompt.shape[1]
-        same = {
-            name: int((tokens == first)[start:].cumprod(0).sum()) for name, tokens in made.items()
-        }
-        logits = {name: _along(model, first, start) for name, model in models.items()}
+        first = None
+        for name, model in models.items():
+            logits[name] = _along(model, prompt, first)
+            first = logits[name].argmax(-1) if first is None else first
+            same[name] = int((logits[name].argmax(-1) == first).cumprod(0).sum())
     dense = logits[next(iter(models))].float()
     return {
         name: {
@@ -182,11 +203,15 @@ def _differences(
     }
 
 
-def _along(model: Any, tokens: Tensor, start: int) -> Tensor:
-    """Logits of the tokens from `start` on, decoded one by one, count x vocabulary."""
-    out = model(input_ids=tokens[None, :start], use_cache=True)
+def _along(model: Any, prompt: Tensor, tokens: Tensor | None) -> Tensor:
+    """Logits of CONTINUED tokens after a prompt, one by one; the model's own choice if not given.
+
+    prompt: 1 x length; tokens: CONTINUED; returns CONTINUED x vocabulary.
+    """
+    out = model(input_ids=prompt, use_cache=True)
     rows = [out.logits[0, -1]]
-    for token in tokens[start:-1]:
+    for i in range(CONTINUED - 1):
+        token = rows[-1].argmax() if tokens is None else tokens[i]
         out = model(input_ids=token[None, None], past_key_values=out.past_key_values)
         rows.append(out.logits[0, -1])
     return torch.stack(rows)

@@ -1,15 +1,17 @@
 """What is timed of a model: reading a prompt, continuing a text, or classifying images.
 
 for case in cases_of(modality, SpeedSpec()):
-    call = case.prepare(model)
+    call = next(case.calls(model))
     call()  # this is what is timed
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -18,18 +20,19 @@ from torch import Tensor
 from infra.errors import UserError
 from infra.specs import SpeedSpec
 from modalities.base import LoadedModality
+from modalities.prompts import noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Something to time: `prepare` makes of a model what is called once for each time."""
+    """Something to time: `calls` makes of a model what is called, one after another."""
 
-    kind: Literal["prefill", "first token", "decode", "images"]
+    kind: Literal["prefill", "first token", "first token after an image", "decode", "images"]
     batch: int
     length: int = 0  # tokens of the prompt
     unit: Literal["ms", "tokens/s", "images/s"] = "ms"
     work: int = 0  # units done by one call; 0: its time is what counts
-    prepare: Callable[[Any], Callable[[], object]]
+    calls: Callable[[Any], Iterator[Callable[[], object]]]
 
 
 def cases_of(modality: LoadedModality, speed: SpeedSpec) -> list[Case]:
@@ -54,9 +57,9 @@ def cases_of(modality: LoadedModality, speed: SpeedSpec) -> list[Case]:
 
     shortest = speed.prompts[0]
     return [
-        *(_prefill(ids(1, length)) for length in speed.prompts),
-        _first_token(ids(1, shortest)),
-        *(_decode(ids(batch, shortest), speed.new_tokens) for batch in speed.batches),
+        *(prefill(ids(1, length)) for length in speed.prompts),
+        *_first_tokens(modality, ids(1, shortest)),
+        *(decode(ids(batch, shortest), speed.new_tokens) for batch in speed.batches),
     ]
 
 
@@ -72,16 +75,58 @@ def image_batch(modality: LoadedModality, count: int) -> Tensor:
     return pixels.to(modality.device, next(modality.model.parameters()).dtype)
 
 
-def generate(model: Any, prompt: Tensor, count: int) -> Tensor:
-    """Greedy tokens after a prompt, batch x (prompt + count)."""
-    made: Tensor = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=count,
-        min_new_tokens=count,
-        do_sample=False,
+def prefill(prompt: Tensor) -> Case:
+    """Reading a prompt, 1 x length, up to the logits of its last token."""
+    read = {"input_ids": prompt, "use_cache": True, "logits_to_keep": 1}
+    return Case(
+        kind="prefill",
+        batch=1,
+        length=prompt.shape[1],
+        calls=lambda model: repeat(partial(model, **read)),
     )
-    return made
+
+
+def decode(prompt: Tensor, count: int) -> Case:
+    """Tokens one after another; the prompt, batch x length, is read before the time begins."""
+
+    def calls(model: Any) -> Iterator[Callable[[], object]]:
+        out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        while True:
+            yield partial(_steps, model, copy.deepcopy(out), count)  # its cache grows
+
+    return Case(
+        kind="decode",
+        batch=len(prompt),
+        length=prompt.shape[1],
+        unit="tokens/s",
+        work=len(prompt) * count,
+        calls=calls,
+    )
+
+
+def _steps(model: Any, out: Any, count: int) -> None:
+    for _ in range(count):
+        token = out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=token, past_key_values=out.past_key_values)
+
+
+def _first_tokens(modality: LoadedModality, prompt: Tensor) -> Iterator[Case]:
+    """After a prompt; and, of a model that sees, after an image and a question."""
+
+    def case(kind: Any, given: dict[str, Tensor]) -> Case:
+        generate = {**given, "max_new_tokens": 1, "do_sample": False}
+        return Case(
+            kind=kind,
+            batch=1,
+            length=given["input_ids"].shape[1],
+            calls=lambda model: repeat(partial(model.generate, **generate)),
+        )
+
+    yield case("first token", {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)})
+    if prompts := getattr(modality, "prompts", None):
+        inputs = prompts.question("What is it?", noise(), []).inputs
+        on_device = {name: tensor.to(modality.device) for name, tensor in inputs.items()}
+        yield case("first token after an image", on_device)
 
 
 def _images(pixels: Tensor) -> Case:
@@ -91,47 +136,5 @@ def _images(pixels: Tensor) -> Case:
         batch=count,
         unit="images/s",
         work=count,
-        prepare=lambda model: partial(model, pixels),
+        calls=lambda model: repeat(partial(model, pixels)),
     )
-
-
-def _prefill(prompt: Tensor) -> Case:
-    read = {"input_ids": prompt, "use_cache": True, "logits_to_keep": 1}
-    return Case(
-        kind="prefill",
-        batch=1,
-        length=prompt.shape[1],
-        prepare=lambda model: partial(model, **read),
-    )
-
-
-def _first_token(prompt: Tensor) -> Case:
-    return Case(
-        kind="first token",
-        batch=1,
-        length=prompt.shape[1],
-        prepare=lambda model: partial(generate, model, prompt, 1),
-    )
-
-
-def _decode(prompt: Tensor, count: int) -> Case:
-    """Tokens one after another; the prompt is read before the time begins."""
-
-    def prepare(model: Any) -> Callable[[], object]:
-        out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-        return partial(_steps, model, out, count)
-
-    return Case(
-        kind="decode",
-        batch=len(prompt),
-        length=prompt.shape[1],
-        unit="tokens/s",
-        work=len(prompt) * count,
-        prepare=prepare,
-    )
-
-
-def _steps(model: Any, out: Any, count: int) -> None:
-    for _ in range(count):
-        token = out.logits[:, -1:].argmax(-1)
-        out = model(input_ids=token, past_key_values=out.past_key_values)

@@ -80,7 +80,22 @@ def convert(model: nn.Module, engine: str, *, use: Use = "decode") -> list[Speed
         )
     if refusals and all(refusals):
         raise UserError(f"engine {engine} cannot run this model: {refusals[0]}; use another engine")
+    if any(isinstance(module, EncodedLinear) for module in model.modules()):
+        _let_go(model)
     return records
+
+
+def _let_go(model: nn.Module) -> None:
+    """Copy what stays dense: until then a mapped file is kept whole, with all that was encoded."""
+    kept = {
+        id(held): held
+        for module in model.modules()
+        if not isinstance(module, EncodedLinear)
+        for held in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
+    for held in kept.values():
+        if held.device.type == "cpu":
+            held.data = held.data.clone()
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,9 @@ _NAMES = {
 class EncodedLinear(nn.Module, ABC):
     """Stands in for an nn.Linear of the same weight; inference only.
 
-    A subclass keeps the weight in buffers, so that `state_dict` and `to` work as usual, and its
-    bias as the buffer `bias` (or None). `weight` must give the dense matrix, out x in, for models
-    that look at it.
+    A subclass keeps the weight in buffers, so that `state_dict` and `to` work as usual (or is an
+    `OpaqueLinear`), and its bias as the buffer `bias` (or None). `weight` must give the dense
+    matrix, out x in, for models that look at it.
     """
 
     def __init__(self, shape: Sequence[int], bias: Tensor | None) -> None:
@@ -59,6 +59,33 @@ class EncodedLinear(nn.Module, ABC):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, encoded_bytes={self.encoded_bytes}"
         )
+
+
+class OpaqueLinear(EncodedLinear):
+    """Keeps its weight as `opaque`, which torch can neither save nor copy; the dense one can be."""
+
+    opaque: Any
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.shape, bias)
+        self.set_extra_state(weight.detach())
+
+    def get_extra_state(self) -> Tensor:
+        """The dense weight, as `state_dict` keeps it."""
+        return self.weight
+
+    @abstractmethod
+    def set_extra_state(self, state: Tensor) -> None:
+        """Make `opaque` of a dense weight."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copying and pickling."""
+        return {**self.__dict__, "opaque": self.weight}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From such a copy."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.set_extra_state(state["opaque"])
 
 
 class Engine(ABC):

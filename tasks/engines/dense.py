@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.engines.base import EncodedLinear, Engine, Use
+from tasks.engines.base import EncodedLinear, Engine, OpaqueLinear, Use
 
 
 class DenseLinear(EncodedLinear):
@@ -46,19 +46,18 @@ class Dense(Engine):
         return DenseLinear(weight, bias)
 
 
-class OneDNNLinear(EncodedLinear):
+class OneDNNLinear(OpaqueLinear):
     """oneDNN's product with a weight that was packed for it; the packed weight stays in memory."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(weight.shape, bias)
-        # An opaque tensor cannot be a buffer that is saved: it is kept beside the module's state.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
-        self._bytes = weight.nbytes
+    def set_extra_state(self, state: Tensor) -> None:
+        """Pack a weight."""
+        self.opaque = torch.ops.mkldnn._reorder_linear_weight(state.contiguous(), 1)
+        self._bytes = state.nbytes
 
     @property
     def weight(self) -> Tensor:
         """The dense weight, out x in, unpacked at every call."""
-        dense: Tensor = self._packed.to_dense()
+        dense: Tensor = self.opaque.to_dense()
         return dense
 
     @property
@@ -68,7 +67,7 @@ class OneDNNLinear(EncodedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: ... x in; returns ... x out."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.opaque, self.bias, "none", [], "")
         return out
 
 

@@ -13,35 +13,32 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from infra.errors import UserError
-from tasks.engines.base import EncodedLinear, Engine, Use, lacks_ampere
+from tasks.engines.base import EncodedLinear, Engine, OpaqueLinear, Use, lacks_ampere
 
 
-class SemiStructuredLinear(EncodedLinear):
+class SemiStructuredLinear(OpaqueLinear):
     """F.linear on a 2:4 tensor of cuSPARSELt."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(weight.shape, bias)
-        # The subclass has no state that safetensors could save, so it is no buffer.
-        self._matrix: SparseSemiStructuredTensor = to_sparse_semi_structured(
-            weight.detach().contiguous()
-        )
+    def set_extra_state(self, state: Tensor) -> None:
+        """Make the 2:4 tensor."""
+        self.opaque: SparseSemiStructuredTensor = to_sparse_semi_structured(state.contiguous())
 
     @property
     def weight(self) -> Tensor:
         """The dense weight, out x in, multiplied out at every call."""
-        dense: Tensor = self._matrix.to_dense()
+        dense: Tensor = self.opaque.to_dense()
         return dense
 
     @property
     def encoded_bytes(self) -> int:
         """Values and positions: 0.5625 of the dense bytes."""
-        packed = self._matrix.packed
+        packed = self.opaque.packed
         assert packed is not None
         return packed.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
         """x: ... x in; returns ... x out."""
-        return F.linear(x.contiguous(), self._matrix, self.bias)
+        return F.linear(x.contiguous(), self.opaque, self.bias)
 
 
 class SemiStructured(Engine):

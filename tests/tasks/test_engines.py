@@ -21,10 +21,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from infra.errors import UserError
 from tasks.engines import ENGINES, EncodedLinear, bitmask, build, convert
+from tests.models import write_checkpoint
 
 CPU = torch.device("cpu")
 REFUSED = ENGINES["bitmask"].refusal(CPU, torch.float32)
@@ -119,6 +126,32 @@ def test_bytes_and_state() -> None:
     assert layer(torch.zeros(0, 1024, dtype=torch.bfloat16)).shape == (0, 512)
     with pytest.raises(TypeError, match=r"float32 for a weight of torch\.bfloat16"):
         layer(torch.zeros(1, 1024))
+
+
+def test_what_torch_cannot_hold_is_copied_and_saved_by_its_dense_weight() -> None:
+    weight = sparse(48, 80, 0.7, torch.float32)
+    layer = ENGINES["onednn"].encode(weight, torch.ones(48))
+    other = ENGINES["onednn"].encode(torch.zeros(48, 80), torch.zeros(48))
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 80)
+    for each in (other, copy.deepcopy(layer)):
+        assert torch.equal(each.weight, weight)
+        assert torch.equal(each(x), layer(x))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of mapped files")
+@torch.no_grad()
+def test_a_converted_model_lets_go_of_its_file(tmp_path: Path) -> None:
+    write_checkpoint("llama-tied", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    prune(model, 0.9)
+    tokens = torch.arange(8)[None]
+    wanted = model(tokens).logits
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    convert(model, "bitmask")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.allclose(model(tokens).logits, wanted, atol=1e-5)
 
 
 def prune(model: nn.Module, sparsity: float) -> None:

@@ -72,7 +72,7 @@ def test_facts_that_a_reader_needs() -> None:
         "beta = 0.0083 (tilt 0.300)",
         "calibration seed\n4",
         "sparseramp search spec.toml",
-        "neither smaller nor faster",
+        "`sparseramp pack`",
     ):
         assert fact in text
     assert "/home/me" not in text.partition("## How to make it again")[0]

@@ -3,16 +3,23 @@
 python -m pytest tests/tasks/test_speed.py
 """
 
+import itertools
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from infra.errors import UserError
 from infra.specs import ModelSpec, SpeedSpec
 from tasks.engines import ENGINES
-from tasks.speed import measure_speed
+from tasks.speed import LEAST, LONG_S, WARM_UPS, measure_speed, timed
+from tasks.speed_cases import Case, decode
+from tests import vlm
 from tests.models import write_checkpoint
 from tests.timm_models import write_timm
 
@@ -83,6 +90,61 @@ def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("images", 3, 3),
     ]
     assert all(abs(e.kl) < 1e-6 and e.same_tokens is None for e in record.engines if not e.refusal)
+
+
+@torch.inference_mode()
+def test_every_decode_follows_the_prompt_alone(sparse: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(sparse)
+    lengths: list[int] = []
+
+    def note(_: nn.Module, __: tuple[Any, ...], given: dict[str, Any]) -> None:
+        cache = given.get("past_key_values")
+        lengths.append(-1 if cache is None else cache.get_seq_length())
+
+    model.model.register_forward_pre_hook(note, with_kwargs=True)
+    for call in itertools.islice(decode(torch.arange(10).view(2, 5), 3).calls(model), 2):
+        call()
+    assert lengths == [-1, 5, 6, 7, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("took_s", "limit_s", "turns"),
+    [(0.0, 60.0, WARM_UPS + 5), (LONG_S + 0.1, 60.0, 1 + 5), (LONG_S + 0.1, 1.5, 1 + LEAST)],
+)
+def test_what_takes_long_is_repeated_less_but_in_turn(
+    took_s: float, limit_s: float, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    called: list[str] = []
+
+    def calls(model: Any) -> Iterator[Callable[[], object]]:
+        def call() -> None:
+            nonlocal now
+            now += took_s
+            called.append(model.name)
+
+        return itertools.repeat(call)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    models: dict[str, nn.Module] = {name: nn.Identity() for name in "ab"}
+    for name, model in models.items():
+        model.name = name  # type: ignore[assignment]
+    case = Case(kind="prefill", batch=1, calls=calls)
+    record, _ = timed(case, models, 5, torch.device("cpu"), limit_s)
+    assert "".join(called) == ("abba" * turns)[: 2 * turns]
+    assert {len(seconds) for seconds in record.seconds.values()} == {LEAST if limit_s < 60 else 5}
+
+
+def test_a_model_that_sees_is_timed_with_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSERAMP_CACHE", str(tmp_path / "cache"))
+    model = vlm.write_checkpoint("llava", tmp_path / "model")
+    spec = FEW.model_copy(update={"engines": ["dense"], "batches": [1]})
+    asked = ModelSpec(source=str(model), modality="multimodal", dtype="float32")
+    *_, seen, decoded = measure_speed(asked, spec).cases
+    assert (seen.kind, decoded.kind) == ("first token after an image", "decode")
+    assert seen.length > 16  # its patches are among them
 
 
 def test_threads_are_as_asked_and_as_before(sparse: Path) -> None:
