@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flows.cells import Cell, cells_of
 from flows.comparison import Comparison, row_of, write_comparison
 from flows.live import Event
+from flows.pins import pin, refuse
 from flows.plan import (
     Results,
     final_wave,
@@ -29,7 +30,7 @@ from flows.plan import (
     refuse_objective,
     search_trial,
 )
-from flows.search import Run, pin, refuse
+from flows.search import Run
 from flows.study import drive
 from infra import tracking
 from infra.cluster import Cluster, connect
