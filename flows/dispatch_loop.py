@@ -102,6 +102,7 @@ class Budget:
     until: float = math.inf
     grace_s: float = 0.0  # after `until`, for what still runs
     num_begun: int = 0
+    used_before_s: float = 0.0  # by what is not among the entries any more
 
     def spent(self, used_s: float, now: float) -> str:
         """Why no trial may begin; empty while one may."""
@@ -133,13 +134,19 @@ class Known:
     """Where the results of finished trials are; only that is kept in memory, of whatever many."""
 
     def __init__(self) -> None:
+        self._works: set[str] = set()
         self._read: dict[str, Callable[[], TrialResult]] = {}
 
-    def add(self, trial: TrialSpec, read: Callable[[], TrialResult]) -> bool:
-        """Note a finished trial; whether it is the first of its work."""
-        work = work_of(trial)
-        is_new = work not in self._read
-        self._read[work] = read
+    def note(self, result: TrialResult, read: Callable[[], TrialResult]) -> bool:
+        """Note a finished trial; whether it is the first of its work.
+
+        One that failed answers nothing: it may have been of that one moment.
+        """
+        work = work_of(result.spec)
+        is_new = work not in self._works
+        self._works.add(work)
+        if result.state == "complete":
+            self._read[work] = read
         return is_new
 
     def answer(self, trial: TrialSpec, work: str) -> TrialResult | None:
@@ -162,7 +169,7 @@ class _Loop:
         self.cluster, self.order, self.budget = cluster, order, budget
         self.keep_going = keep_going
         self.entries = list(entries)  # that have not ended
-        self.used_s = sum(entry.used_s for entry in entries)
+        self.used_s = self.budget.used_before_s + sum(entry.used_s for entry in entries)
         self.known = known or Known()
         self.claims: dict[str, list[tuple[Entry, TrialSpec]]] = {}
 
@@ -276,8 +283,7 @@ class _Loop:
             except UserError as error:
                 self._end(entry, error)
                 continue
-            if result.state == "complete":  # a failure may be of this one moment
-                self.known.add(trial, entry.driven.reader(trial.number))
+            self.known.note(result, entry.driven.reader(trial.number))
 
     def _remove(self, entry: Entry) -> None:
         """Whatever a run holds in memory goes when it has ended."""

@@ -56,7 +56,7 @@ def write_report(store_dir: Path) -> Report:
     results, model = list(store.results().values()), store.model()
     if model is None:
         raise UserError(f"{store_dir} holds no model.json yet: {GO_ON}")
-    seconds = _working_time(store.events())
+    seconds = working_time(store.events())
     report = build_report(store.spec, model, results, seconds, store.provenance)
     uniform, best = _finals(results)
     report["pictures"] = pictures(store.spec, uniform[0], best[0])
@@ -67,7 +67,7 @@ def write_report(store_dir: Path) -> Report:
     return report
 
 
-def _working_time(events: Sequence[dict[str, Any]]) -> float:
+def working_time(events: Sequence[dict[str, Any]]) -> float:
     """Seconds during which a driver was at work: the pauses between start and resume left out."""
     seconds, last = 0.0, None
     for event in events:

@@ -23,11 +23,13 @@ from flows.plan import (
     kinds_of_trial,
     next_wave,
     planned_passes,
+    planned_trials,
     refuse_objective,
     search_trial,
     token_passes,
 )
 from flows.report import Report, write_report
+from flows.stop import stoppable
 from infra import tracking
 from infra.cluster import Cluster, LostCheckpointError, connect
 from infra.documents import data_sha256
@@ -73,6 +75,7 @@ def _alone(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
     pinned_spec = pin(spec)  # what cannot be read is refused before a run directory is there
     with (
         RunStore.open(spec, command) as store,
+        stoppable(store.dir),
         live(spec, planned_passes(spec, None, store.results()), as_json=as_json) as view,
         connect(spec.cluster) as cluster,
     ):
@@ -264,6 +267,7 @@ class Run:
     def _tell_wave(self, wave: list[TrialSpec], model: ModelRecord) -> None:
         kind = "final" if wave[0].stage == "final" else "climb" if wave[0].rung else "wave"
         planned = planned_passes(self.spec, model, self.results)
+        trials = planned_trials(self.spec, model, self.results)
         if kind == "final":  # rungs that nobody had to climb to are not to come
             earlier = [
                 result.spec
@@ -271,8 +275,10 @@ class Run:
                 if number not in {trial.number for trial in wave}
             ]
             planned = sum(map(token_passes, [*earlier, *wave]))
+            trials = len(earlier) + len(wave)
         candidates = [trial.prune.label for trial in wave]
-        self.tell(kind, rung=wave[0].rung, candidates=candidates, planned=planned)
+        fields = {"candidates": candidates, "planned": planned, "planned_trials": trials}
+        self.tell(kind, rung=wave[0].rung, **fields)
 
     def _publish(self) -> Iterator[TrialSpec | None]:
         """Bring the best checkpoint into the run directory, once; a lost one is made again."""
