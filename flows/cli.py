@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "stop",
         _stop_run,
         "run",
-        "end the driver of a run in order; what is finished is kept",
+        "end the driver of a run in order, keeping what is finished",
         False,
     )
     add("check", _check, "spec", "resolve everything a spec names and say what would run where")

@@ -70,9 +70,19 @@ class Entry:
     next: tuple[TrialSpec, str] | None = None  # looked at and not begun, with its work
     out: dict[str, float] = field(default_factory=dict)  # when each trial was begun, by its work
 
+    num_ended: int = 0
+    ended_s: float = 0.0
+
     def used_at(self, now: float) -> float:
         """What it has used, trials that run included."""
         return self.used_s + self.share.weight * sum(now - begun for begun in self.out.values())
+
+    def booked_at(self, now: float) -> float:
+        """The same, but a trial that runs counts from its start as much as those that have ended
+        took on average: else all that is free at one moment would go to one cell."""
+        usual = self.ended_s / self.num_ended if self.num_ended else 1.0
+        running = (max(now - begun, usual) for begun in self.out.values())
+        return self.used_s + self.share.weight * sum(running)
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class Order:
 
 IN_TURN = Order(lambda entry, now: 0.0)
 # Loading a model takes about as long as the head start that it gives.
-FAIR = Order(lambda entry, now: entry.used_at(now) / entry.priority, warm_s=60.0, holds=True)
+FAIR = Order(lambda entry, now: entry.booked_at(now) / entry.priority, warm_s=60.0, holds=True)
 
 
 class BudgetSpent(UserError):  # noqa: N818  the end of a study as it was asked for
@@ -274,6 +284,8 @@ class _Loop:
         first = claims[0][0]
         del first.out[work]
         first.used_s += result.cost.used_s
+        first.ended_s += result.cost.held_s
+        first.num_ended += 1
         self.used_s += result.cost.used_s
         for entry, trial in claims:
             if entry.driven is None:  # it ended early

@@ -136,6 +136,9 @@ class Pool:
                 self.stop(slot)
         self._held = None
         self.wanted.clear()
+        for slot in self.slots:  # a node that has come since is for those that waited for it
+            if not slot.place and (found := self._place(slot.share, new=0)) and not found[1]:
+                slot.place = found[0]
 
     def claim(self, share: Share) -> None:
         """A trial waits for a worker of that share: see that there is one, or that one starts."""
@@ -247,7 +250,7 @@ class Pool:
         )
         return free - self._claims[share]
 
-    def _place(self, share: Share) -> tuple[str, list[Slot]] | None:
+    def _place(self, share: Share, *, new: int = 1) -> tuple[str, list[Slot]] | None:
         """A node with room for one more worker, and the idle ones of other shares that go for it.
 
         Of several the one with the most room, so that trials spread; with workers of different
@@ -267,7 +270,7 @@ class Pool:
             if slot.node and not slot.busy and slot.share != share and surplus[slot.share] > 0:
                 surplus[slot.share] -= 1
                 idle.setdefault(slot.node, []).append(slot)
-        over = max(0.0, len(self.slots) + 1 - self.limit)  # workers that must go for any new one
+        over = max(0.0, len(self.slots) + new - self.limit)  # workers that must go for any new one
         best: tuple[tuple[float, ...], str, list[Slot]] | None = None
         sign = -1 if all(slot.share == share for slot in self.slots) else 1
         for name, free in room.items():
