@@ -86,7 +86,7 @@ def dispatch(pool: Pool, function: TrialFunction, source: Source) -> Iterator[Tr
                 return
             for ref in _wait(pool, waiting, busy):
                 slot, trial = busy.pop(ref)
-                slot.busy = False
+                pool.ended(slot)
                 trial.held_s += pool.machines.now() - trial.sent_at
                 result = _collect(pool, ref, slot, trial)
                 if result is None:

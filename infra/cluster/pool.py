@@ -78,11 +78,16 @@ class Pool:
         self._spec = spec
         self._nodes: dict[str, Node] = {}
         self._looked = -math.inf
+        self._able_of: dict[Share, set[str]] = {}
         self.share = self.share_of(spec)
         self.limit = spec.parallel or math.inf
         self.slots: list[Slot] = []
         self.wanted: set[Share] = set()  # that found no room since this was last emptied
         self._claims: Counter[Share] = Counter()  # trials that wait for a worker
+        self._on: dict[str, set[Slot]] = {}  # workers by the node that they take room on
+        self._taken: dict[str, list[float]] = {}  # CPUs, GPUs and memory, by node
+        self._free: Counter[Share] = Counter()  # workers with a place and without a trial
+        self._idle: dict[Share, dict[Slot, None]] = {}  # those of them that have started
         self._held: tuple[str, Share] | None = None
         self._failed_starts = 0
 
@@ -93,6 +98,7 @@ class Pool:
             found = self.machines.nodes()
             self._nodes = {n.node: n for n in found if not self._only or n.node == self._only}
             self._looked = now
+            self._able_of.clear()
         return self._nodes
 
     @property
@@ -121,11 +127,11 @@ class Pool:
 
         Without it, small trials would take every bit of room that a large one waits for.
         """
-        able = {name for name, node in self.nodes.items() if capacity(share, [node])}
+        able = self._able(share)
         taken = dict.fromkeys(able, 0.0)
-        for slot in self.slots:
-            if slot.busy and slot.place in able:
-                taken[slot.place] += slot.share.weight / (self.nodes[slot.place].gpus or 1)
+        for name in able:
+            weights = sum(slot.share.weight for slot in self._on.get(name, ()) if slot.busy)
+            taken[name] = weights / (self.nodes[name].gpus or 1)
         if able:
             self._held = min(sorted(able), key=taken.__getitem__), share
 
@@ -138,7 +144,7 @@ class Pool:
         self.wanted.clear()
         for slot in self.slots:  # a node that has come since is for those that waited for it
             if not slot.place and (found := self._place(slot.share, new=0)) and not found[1]:
-                slot.place = found[0]
+                self._put(slot, found[0])
 
     def claim(self, share: Share) -> None:
         """A trial waits for a worker of that share: see that there is one, or that one starts."""
@@ -158,11 +164,11 @@ class Pool:
                     self.stop(slot)
                 self._start(share, node)
         for share in self.wanted:
-            here = capacity(share, list(self.nodes.values()))
+            if self._able(share) and not self.machines.grows():
+                continue
             mine = [slot for slot in self.slots if slot.share == share]
             coming = sum(not slot.place for slot in mine)
-            may = not here or self.machines.grows()
-            if may and len(self.slots) < self.limit and coming < max(1, len(mine) - coming):
+            if len(self.slots) < self.limit and coming < max(1, len(mine) - coming):
                 self._start(share, "")
 
     def take(self, share: Share, model: ModelSpec) -> Slot | None:
@@ -172,12 +178,20 @@ class Pool:
             return None
         slot = next((slot for slot in idle if slot.model == model), idle[0])
         slot.busy, slot.model = True, model
+        del self._idle[share][slot]
         self._claims[share] -= 1
+        self._free[share] -= 1
         return slot
+
+    def ended(self, slot: Slot) -> None:
+        """Its trial has."""
+        slot.busy = False
+        self._free[slot.share] += 1
+        self._idle.setdefault(slot.share, {})[slot] = None
 
     def idle(self, share: Share) -> list[Slot]:
         """Workers of that share that a trial can be sent to."""
-        return [s for s in self.slots if s.node and not s.busy and s.share == share]
+        return list(self._idle.get(share, ()))
 
     def started(self, slot: Slot) -> None:
         """Wait until a worker has started.
@@ -185,8 +199,10 @@ class Pool:
         Raises UserError when several in a row could not, which is a node without our dependencies.
         """
         slot.node, problem = self.machines.started(slot.starting)
-        slot.place = slot.node
+        if slot.node != slot.place:
+            self._put(slot, slot.node)
         if not problem:
+            self._idle.setdefault(slot.share, {})[slot] = None
             self._failed_starts = 0
             return
         self.stop(slot)
@@ -215,6 +231,8 @@ class Pool:
     def stop(self, slot: Slot) -> None:
         """Stop a worker, whatever it is doing."""
         if slot in self.slots:
+            self._put(slot, "")
+            self._idle.get(slot.share, {}).pop(slot, None)
             self.slots.remove(slot)
             self.machines.stop(slot.worker)
 
@@ -237,18 +255,37 @@ class Pool:
 
     def _start(self, share: Share, place: str) -> Slot:
         worker = self.machines.start(share, place)
-        self.slots.append(Slot(worker, share, self.machines.ready(worker), place))
+        self.slots.append(Slot(worker, share, self.machines.ready(worker), ""))
+        self._put(self.slots[-1], place)
         return self.slots[-1]
+
+    def _able(self, share: Share) -> set[str]:
+        """The nodes that are there and could hold one, were they empty."""
+        nodes = self.nodes
+        if share not in self._able_of:
+            able = {name for name, node in nodes.items() if capacity(share, [node])}
+            self._able_of[share] = able
+        return self._able_of[share]
+
+    def _put(self, slot: Slot, place: str) -> None:
+        """Move what a worker takes from one node's account to another's; empty is none's."""
+        for name, sign in ((slot.place, -1), (place, 1)):
+            if name:
+                old = self._taken.get(name, [0.0, 0.0, 0.0])
+                needs = _needs(slot.share)
+                self._taken[name] = [a + sign * b for a, b in zip(old, needs, strict=True)]
+                here = self._on.setdefault(name, set())
+                (here.add if sign > 0 else here.discard)(slot)
+                self._free[slot.share] += sign * (not slot.busy)
+        slot.place = place
 
     def _spare(self, share: Share) -> int:
         """Workers of that share, starting ones included, that no trial waits for."""
-        held = self._held and self._held[1] != share and self._held[0]
-        free = sum(
-            not slot.busy and slot.place not in ("", held)
-            for slot in self.slots
-            if slot.share == share
-        )
-        return free - self._claims[share]
+        free = self._free[share] - self._claims[share]
+        if self._held and self._held[1] != share:
+            held = self._on.get(self._held[0], ())
+            free -= sum(not slot.busy and slot.share == share for slot in held)
+        return free
 
     def _place(self, share: Share, *, new: int = 1) -> tuple[str, list[Slot]] | None:
         """A node with room for one more worker, and the idle ones of other shares that go for it.
@@ -257,43 +294,55 @@ class Pool:
         shares the one with the least, so that large ones find a node.
         """
         held = self._held and self._held[1] != share and self._held[0]
-        room = {
-            name: [node.cpus, node.gpus, node.memory_bytes]
-            for name, node in self.nodes.items()
-            if name != held and share.admits(node)
-        }
-        surplus = {other: self._spare(other) for other in {slot.share for slot in self.slots}}
-        idle: dict[str, list[Slot]] = {}
-        for slot in self.slots:
-            if slot.place in room:
-                room[slot.place] = _less(room[slot.place], slot.share)
-            if slot.node and not slot.busy and slot.share != share and surplus[slot.share] > 0:
-                surplus[slot.share] -= 1
-                idle.setdefault(slot.node, []).append(slot)
+        cpus, gpus, memory = _needs(share)
+        room: dict[str, tuple[float, float, float]] = {}  # that a worker would leave
+        for name in self._able(share):
+            if name != held:
+                node = self._nodes[name]
+                taken = self._taken.get(name, (0.0, 0.0, 0.0))
+                room[name] = (
+                    node.cpus - taken[0] - cpus,
+                    node.gpus - taken[1] - gpus,
+                    node.memory_bytes - taken[2] - memory,
+                )
         over = max(0.0, len(self.slots) + new - self.limit)  # workers that must go for any new one
-        best: tuple[tuple[float, ...], str, list[Slot]] | None = None
-        sign = -1 if all(slot.share == share for slot in self.slots) else 1
-        for name, free in room.items():
-            going, left = list[Slot](), _less(free, share)
-            for slot in idle.get(name, []):
+        sign = -1 if len(self._free) == 1 else 1
+        fitting = [
+            (sign * left[1], sign * left[0], name)
+            for name, left in room.items()
+            if min(left) >= -ROUNDING
+        ]
+        if fitting and not over:
+            return min(fitting)[2], []
+        surplus = {other: self._spare(other) for other in self._free if other != share}
+        if all(count <= 0 for count in surplus.values()):
+            return None
+        best: tuple[int, str, list[Slot]] | None = None
+        for name, left in room.items():
+            going, spare = list[Slot](), dict(surplus)
+            for slot in self._on.get(name, ()):
                 if min(left) >= -ROUNDING:
                     break
-                going.append(slot)
-                left = _less(left, slot.share, -1)
-            if min(left) < -ROUNDING:
-                continue
-            rank = (len(going), sign * left[1], sign * left[0])
-            if best is None or rank < best[0]:
-                best = (rank, name, going)
+                if slot.node and not slot.busy and spare.get(slot.share, 0) > 0:
+                    spare[slot.share] -= 1
+                    going.append(slot)
+                    needs = _needs(slot.share)
+                    left = (left[0] + needs[0], left[1] + needs[1], left[2] + needs[2])
+            if min(left) >= -ROUNDING and (best is None or len(going) < best[0]):
+                best = (len(going), name, going)
         if best is None:
             return None
         going = best[2]
-        going += [s for slots in idle.values() for s in slots if s not in going][: int(over)]
+        for slot in self.slots:
+            if len(going) >= over:
+                break
+            left_of = surplus.get(slot.share, 0) - sum(s.share == slot.share for s in going)
+            if slot.node and not slot.busy and slot not in going and left_of > 0:
+                going.append(slot)
         return (best[1], going) if len(going) >= over else None
 
 
-def _less(room: Sequence[float], share: Share, times: int = 1) -> list[float]:
-    """CPUs, GPUs and memory without those of a worker, which takes a CPU if nothing else."""
+def _needs(share: Share) -> tuple[float, float, float]:
+    """CPUs, GPUs and memory that a worker takes: a CPU if nothing else."""
     cpus = share.cpus if share.cpus or share.gpus or share.memory_bytes else 1.0
-    taken = (cpus, share.gpus, share.memory_bytes)
-    return [have - times * part for have, part in zip(room, taken, strict=True)]
+    return cpus, share.gpus, share.memory_bytes

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from infra.errors import UserError
 from infra.specs import ClusterSpec, Frozen
@@ -29,7 +30,8 @@ class Node(Frozen):
     labels: dict[str, str] = {}
 
 
-class Share(Frozen):
+@dataclass(frozen=True)
+class Share:
     """What one trial gets; a fraction of a GPU is shared with other trials."""
 
     cpus: float
@@ -74,7 +76,7 @@ def decide_share(spec: ClusterSpec, nodes: Sequence[Node], *, grows: bool = Fals
             beside = math.ceil(spec.parallel / len(hosts)) or math.ceil(cores / MAX_THREADS)
             fitting = cores / beside
         cpus = float(max(1, int(fitting)))
-    share = asked.model_copy(update={"cpus": max(cpus, 0.0), "gpus": gpus})
+    share = replace(asked, cpus=max(cpus, 0.0), gpus=gpus)
     if not capacity(share, nodes) and not grows:
         if spec.labels and not nodes:
             raise UserError(f"no node has cluster.labels={spec.labels}: `ray status -v` shows them")
