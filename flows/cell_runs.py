@@ -60,9 +60,9 @@ class CellRuns:
         self._refused: dict[str, UserError] = {}
         self._models: dict[str, ModelRecord] = {}
         self._profiles: dict[str, list[float]] = {}
-        for cell in cells:
-            self._look_at(cell)
         self.todo = unfinished(cells)
+        for cell in cells if self.todo else []:
+            self._look_at(cell)
         self._pin(self.todo)
 
     def drive(

@@ -51,7 +51,12 @@ class Leaderboard:
     def __init__(self, store: RunStore, cells: Sequence[Cell]) -> None:
         self.store = store
         self.cells = {cell.name: cell for cell in cells}
-        self.rows = {cell.name: _row(cell) for cell in cells}
+        earlier = _earlier_rows(store)
+        self.rows: dict[str, Row] = {}
+        for cell in cells:
+            row = earlier.get(cell.name, {})
+            is_new = not row or row["state"] != "complete" or row["stamp"] != _stamp(cell)
+            self.rows[cell.name] = _row(cell) if is_new else row | {"priority": cell.priority}
 
     def update(self, name: str) -> None:
         """Look at a cell again."""
@@ -89,6 +94,20 @@ class Leaderboard:
         return board
 
 
+def _earlier_rows(store: RunStore) -> dict[str, Row]:
+    """Of the leaderboard that is there: of finished cells it need not be found out again."""
+    path = store.path("leaderboard.json")
+    if not path.exists():
+        return {}
+    return {row["cell"]: row for row in json.loads(path.read_bytes())["rows"]}
+
+
+def _stamp(cell: Cell) -> int:
+    """When the report of a cell was written; 0 where there is none."""
+    path = cell.folder / "report.json"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def _row(cell: Cell) -> Row:
     row: Row = {"trials": 0, "used_s": 0.0, "peak_memory_bytes": 0, **row_of(cell)}
     if row["state"] != "missing":
@@ -101,6 +120,7 @@ def _row(cell: Cell) -> Row:
     has_report = (cell.folder / "report.html").exists()
     return row | {
         "priority": cell.priority,
+        "stamp": _stamp(cell),
         "report": f"{cell.name}/report.html" if has_report else "",
     }
 

@@ -57,7 +57,7 @@ def cells_in(store: RunStore) -> list[Cell]:
     """The cells of a comparison or a study; none of a run."""
     if store.command == "compare":
         return cells_of(store.spec, store.dir)
-    if store.command == "study":
+    if store.command == "study" and store.path(STUDY).exists():
         study = StudySpec.model_validate_json(store.path(STUDY).read_bytes())
         return study_cells(study.model_copy(update={"dir": str(store.dir)}))
     return []
@@ -126,7 +126,7 @@ def print_status(found: Status) -> None:
     for column in ("cell", "state", "trials", "best so far", "used"):
         table.add_column(column, overflow="fold")
     for row in found["cells"]:
-        if row["state"] in ("missing",):
+        if row["state"] == "missing":
             continue
         numbers = row["trials"]
         table.add_row(

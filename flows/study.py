@@ -69,6 +69,7 @@ def study(spec: StudySpec, *, as_json: bool = False, connect: Connect = connect)
                     )
         except BaseException as error:
             store.event("stopped", cause=type(error).__name__, reason=str(error))
+            board.write()
             raise
         if spent:
             store.event("stopped", cause="BudgetSpent", reason=spent)

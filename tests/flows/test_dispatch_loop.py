@@ -73,11 +73,11 @@ def test_a_cell_of_priority_p_gets_p_times_as_much(lengths: tuple[int, ...]) -> 
     )
     runs = [Many(name, 4000, wave=100, model="m") for name in "abc"]
     entries = [entry(run, priority=p) for run, p in zip(runs, (1, 2, 3), strict=True)]
-    drive(cluster, entries, order=FAIR, budget=Budget(until=36_000.0, grace_s=1e6))
+    drive(cluster, entries, order=FAIR, budget=Budget(until=9_000.0, grace_s=1e6))
     used = {run.name: seconds[run.name] * len(run.taken) for run in runs}
-    assert sum(used.values()) > 0.99 * 12 * 36_000
-    assert used["b"] / used["a"] == pytest.approx(2, rel=0.02)
-    assert used["c"] / used["a"] == pytest.approx(3, rel=0.02)
+    assert sum(used.values()) > 0.99 * 12 * 9_000
+    assert used["b"] / used["a"] == pytest.approx(2, rel=0.05)
+    assert used["c"] / used["a"] == pytest.approx(3, rel=0.05)
 
 
 def test_what_one_cell_cannot_use_goes_to_the_others() -> None:
@@ -147,10 +147,10 @@ def test_large_trials_are_not_kept_waiting_by_small_ones() -> None:
     )
     runs = [Many(name, 4000, wave=50, model="m") for name in lengths]
     entries = [entry(runs[0], Share(cpus=4, gpus=4)), *map(entry, runs[1:])]
-    drive(cluster, entries, order=FAIR, budget=Budget(until=36_000.0, grace_s=1e6))
+    drive(cluster, entries, order=FAIR, budget=Budget(until=9_000.0, grace_s=1e6))
     used = [each.used_s for each in entries]
     assert min(used) > 0.9 * max(used)
-    assert sum(used) > 0.9 * 16 * 36_000
+    assert sum(used) > 0.9 * 16 * 9_000
 
 
 def test_no_trial_begins_once_the_trials_are_begun() -> None:
