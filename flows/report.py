@@ -9,6 +9,7 @@ needs no network.
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,15 @@ def render(report: Report) -> str:
 
 def page(template: str, **values: Any) -> str:
     """One HTML page that stands alone: styles, data and the plotting library are in it."""
+    return _environment().get_template(template).render(plotly=_plotly(), **values)
+
+
+_plotly = cache(get_plotlyjs)
+
+
+@cache
+def _environment() -> Environment:
+    """A driver makes hundreds of pages, and a template takes half a second to compile."""
     environment = Environment(
         loader=PackageLoader("flows"),
         autoescape=True,
@@ -328,7 +338,7 @@ def page(template: str, **values: Any) -> str:
         "percent": _percent,
         "duration": duration,
     }
-    return environment.get_template(template).render(plotly=get_plotlyjs(), **values)
+    return environment
 
 
 def _estimate(value: dict[str, Any]) -> str:

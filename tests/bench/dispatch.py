@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy
 import psutil
+from safetensors.numpy import save_file
 
 from flows.dispatch_loop import FAIR, Budget, Entry, drive
 from flows.study import study
@@ -30,7 +32,6 @@ from infra.specs import ClusterSpec
 from infra.study_files import load_study
 from tests.flows.test_dispatch_loop import Many
 from tests.infra.virtual import VirtualCluster, node
-from tests.models import write_checkpoint, write_text
 
 SPEC = """
 [model]
@@ -134,8 +135,10 @@ class AtOnce(VirtualCluster):
 
 def driver(folder: Path, searches: int, trials: int) -> dict[str, Any]:
     """(a): milliseconds and memory of the driver per trial, and how soon a finished study ends."""
-    write_checkpoint("llama", folder / "model")
-    write_text(folder / "text.txt")
+    (folder / "model").mkdir()  # without torch, whose memory would hide the driver's
+    (folder / "model/config.json").write_text('{"model_type": "llama"}')
+    save_file({"weight": numpy.zeros(1, numpy.float32)}, folder / "model/model.safetensors")
+    (folder / "text.txt").write_text("\n\n".join(f"Paragraph {i}." * 9 for i in range(160)))
     (folder / "one.toml").write_text(SPEC.format(folder=folder, scouts=trials - 8))
     sparsities = [round(0.3 + 0.4 * index / searches, 6) for index in range(searches)]
     (folder / "study.toml").write_text(
