@@ -199,8 +199,15 @@ def simulated(hours: float) -> dict[str, Any]:
     drive(cluster, entries, order=FAIR, budget=Budget(until=3600 * hours))
     took_s = time.process_time() - begun
     end = cluster.now()
-    busy_s = sum(entry.used_s for entry in entries)  # what was cut off at the end does not count
-    shares = [entry.used_s / entry.priority for entry in entries]
+    used = [entry.used_at(end) for entry in entries]  # until the end, what then runs included
+    shares = [s / entry.priority for s, entry in zip(used, entries, strict=True)]
+    mean = sum(shares) / len(shares)
+    by_gpus = {
+        f"{gpus:g}": [
+            round(s / mean, 3) for s, e in zip(shares, entries, strict=True) if e.share.gpus == gpus
+        ]
+        for gpus, _ in kinds
+    }
     num = len(cluster.machines.log)
     return {
         "simulated": True,
@@ -209,9 +216,10 @@ def simulated(hours: float) -> dict[str, Any]:
         "cells": len(entries),
         "hours": hours,
         "trials": num,
-        "slots_busy": busy_s / (512 * end),
-        "share_min": min(shares) / (sum(shares) / len(shares)),
-        "share_max": max(shares) / (sum(shares) / len(shares)),
+        "slots_busy": sum(used) / (512 * end),
+        "share_min": min(shares) / mean,
+        "share_max": max(shares) / mean,
+        "shares_by_gpus": {gpus: [min(each), max(each)] for gpus, each in by_gpus.items()},
         "loads_per_trial": cluster.machines.loads / num,
         "loop_cpu_ms_per_trial": 1000 * took_s / num,
     }
