@@ -91,7 +91,7 @@ class Order:
 
     key: Callable[[Entry, float], float]
     warm_s: float = 0.0  # so far ahead may one be where a worker has its model, in its own seconds
-    holds: bool = False  # the first one's node is kept free of others until it has room
+    holds: bool = False  # who comes first and finds no room has a node kept free of others
 
 
 IN_TURN = Order(lambda entry, now: 0.0)
@@ -212,6 +212,7 @@ class _Loop:
         if now >= self.budget.until + self.budget.grace_s:
             raise BudgetSpent(spent)
         fits: dict[Share, bool] = {}
+        pool.held.clear()
         chosen: Entry | None = None
         limit = math.inf
         ordered = [(self.order.key(entry, now), entry) for entry in self.entries]
@@ -219,7 +220,7 @@ class _Loop:
             share, begun = entry.share, entry.coming is not None
             if value > limit:
                 break
-            if fits.get(share) is False or (chosen and (not begun or share != chosen.share)):
+            if chosen and (not begun or share != chosen.share):
                 continue
             if (spent and not begun) or 0 < entry.at_once <= len(entry.out):
                 continue
@@ -227,8 +228,8 @@ class _Loop:
                 continue
             if share not in fits:
                 fits[share] = pool.fits(share)
-                if self.order.holds and not fits[share] and len(fits) == 1:
-                    pool.hold(share)
+            if self.order.holds and not fits[share] and not chosen and pool.hold(share):
+                fits = {share: False}  # others may fit no more
             if not fits[share] or not (begun or self._look(entry)):
                 continue
             if chosen is None:

@@ -24,6 +24,7 @@ from infra.specs import ClusterSpec, ModelSpec
 
 MAX_FAILED_STARTS = 3
 ROUNDING = 1e-6  # of a third of a GPU, taken three times
+HELD_NODES = 8  # one in so many is held for large trials at most
 LOOK_S = 1.0  # how old what is known of the nodes may be
 
 Ending = Literal["done", "cuda-out-of-memory", "broken", "host-out-of-memory", "lost", "unsent"]
@@ -88,12 +89,12 @@ class Pool:
         self._taken: dict[str, list[float]] = {}  # CPUs, GPUs and memory, by node
         self._free: Counter[Share] = Counter()  # workers with a place and without a trial
         self._idle: dict[Share, dict[Slot, None]] = {}  # those of them that have started
-        self._held: tuple[str, Share] | None = None
+        self.held: dict[str, Share] = {}  # nodes that are kept for one share
         self._failed_starts = 0
 
     @property
     def nodes(self) -> dict[str, Node]:
-        """The nodes that are there, by id."""
+        """Those that are there, by id."""
         if (now := self.machines.now()) - self._looked >= LOOK_S:
             found = self.machines.nodes()
             self._nodes = {n.node: n for n in found if not self._only or n.node == self._only}
@@ -122,25 +123,25 @@ class Pool:
         """Whether a worker that is free for it has the model already."""
         return any(slot.model == model for slot in self.idle(share))
 
-    def hold(self, share: Share) -> None:
-        """Let no other share have the node that can make room for this one soonest.
-
-        Without it, small trials would take every bit of room that a large one waits for.
+    def hold(self, share: Share) -> bool:
+        """Let no other share have the node that can make room for this one soonest; whether one
+        was left to hold. Without it, small trials would take all room that a large one waits for.
         """
-        able = self._able(share)
-        taken = dict.fromkeys(able, 0.0)
-        for name in able:
+        if len(self.held) >= max(1, len(self._nodes) // HELD_NODES):
+            return False
+        taken = dict[str, float]()
+        for name in self._able(share) - self.held.keys():
             weights = sum(slot.share.weight for slot in self._on.get(name, ()) if slot.busy)
             taken[name] = weights / (self.nodes[name].gpus or 1)
-        if able:
-            self._held = min(sorted(able), key=taken.__getitem__), share
+        if taken:
+            self.held[min(sorted(taken), key=taken.__getitem__)] = share
+        return bool(taken)
 
     def release(self) -> None:
-        """Begin anew with what is held and wanted; workers asked for in vain are given up."""
+        """Begin anew with what is wanted; workers asked for in vain are given up."""
         for slot in [s for s in self.slots if not s.place and s.share not in self.wanted]:
             if not self._claims[slot.share]:
                 self.stop(slot)
-        self._held = None
         self.wanted.clear()
         for slot in self.slots:  # a node that has come since is for those that waited for it
             if not slot.place and (found := self._place(slot.share, new=0)) and not found[1]:
@@ -282,22 +283,22 @@ class Pool:
     def _spare(self, share: Share) -> int:
         """Workers of that share, starting ones included, that no trial waits for."""
         free = self._free[share] - self._claims[share]
-        if self._held and self._held[1] != share:
-            held = self._on.get(self._held[0], ())
-            free -= sum(not slot.busy and slot.share == share for slot in held)
+        for name, other in self.held.items():
+            if other != share:
+                held = self._on.get(name, ())
+                free -= sum(not slot.busy and slot.share == share for slot in held)
         return free
 
     def _place(self, share: Share, *, new: int = 1) -> tuple[str, list[Slot]] | None:
         """A node with room for one more worker, and the idle ones of other shares that go for it.
 
-        Of several the one with the most room, so that trials spread; with workers of different
-        shares the one with the least, so that large ones find a node.
+        The node with the most room, so that trials spread; with workers of different shares the
+        one with the least, so that large ones find a node.
         """
-        held = self._held and self._held[1] != share and self._held[0]
         cpus, gpus, memory = _needs(share)
         room: dict[str, tuple[float, float, float]] = {}  # that a worker would leave
         for name in self._able(share):
-            if name != held:
+            if self.held.get(name, share) == share:
                 node = self._nodes[name]
                 taken = self._taken.get(name, (0.0, 0.0, 0.0))
                 room[name] = (
@@ -315,7 +316,7 @@ class Pool:
         if fitting and not over:
             return min(fitting)[2], []
         surplus = {other: self._spare(other) for other in self._free if other != share}
-        if all(count <= 0 for count in surplus.values()):
+        if not any(count > 0 for count in surplus.values()):
             return None
         best: tuple[int, str, list[Slot]] | None = None
         for name, left in room.items():
@@ -333,11 +334,9 @@ class Pool:
         if best is None:
             return None
         going = best[2]
-        for slot in self.slots:
-            if len(going) >= over:
-                break
+        for slot in [slot for slot in self.slots if slot.node and not slot.busy]:
             left_of = surplus.get(slot.share, 0) - sum(s.share == slot.share for s in going)
-            if slot.node and not slot.busy and slot not in going and left_of > 0:
+            if len(going) < over and slot not in going and left_of > 0:
                 going.append(slot)
         return (best[1], going) if len(going) >= over else None
 
