@@ -91,12 +91,15 @@ class Order:
 
     key: Callable[[Entry, float], float]
     warm_s: float = 0.0  # so far ahead may one be where a worker has its model, in its own seconds
+    num_open: float = math.inf  # others begin only where these leave room: each holds memory
     holds: bool = False  # who comes first and finds no room has a node kept free of others
 
 
 IN_TURN = Order(lambda entry, now: 0.0)
 # Loading a model takes about as long as the head start that it gives.
-FAIR = Order(lambda entry, now: entry.booked_at(now) / entry.priority, warm_s=60.0, holds=True)
+FAIR = Order(
+    lambda entry, now: entry.booked_at(now) / entry.priority, warm_s=60.0, num_open=64, holds=True
+)
 
 
 class BudgetSpent(UserError):  # noqa: N818  the end of a study as it was asked for
@@ -215,12 +218,20 @@ class _Loop:
         pool.held.clear()
         chosen: Entry | None = None
         limit = math.inf
-        ordered = [(self.order.key(entry, now), entry) for entry in self.entries]
+        num_open, holding = sum(e.coming is not None for e in self.entries), self.order.holds
+        ordered = [
+            (math.inf, entry)
+            if entry.coming is None and num_open >= self.order.num_open
+            else (self.order.key(entry, now), entry)
+            for entry in self.entries
+        ]
         for value, entry in sorted(ordered, key=lambda pair: pair[0]):
             share, begun = entry.share, entry.coming is not None
             if value > limit:
                 break
             if chosen and (not begun or share != chosen.share):
+                continue
+            if fits.get(share) is False and not holding:
                 continue
             if (spent and not begun) or 0 < entry.at_once <= len(entry.out):
                 continue
@@ -228,8 +239,9 @@ class _Loop:
                 continue
             if share not in fits:
                 fits[share] = pool.fits(share)
-            if self.order.holds and not fits[share] and not chosen and pool.hold(share):
-                fits = {share: False}  # others may fit no more
+            if holding and not fits[share] and not chosen:
+                holding = pool.hold(share)
+                fits = {share: False} if holding else fits  # others may fit no more
             if not fits[share] or not (begun or self._look(entry)):
                 continue
             if chosen is None:

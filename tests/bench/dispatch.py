@@ -237,7 +237,7 @@ def main() -> None:
     prepare()
     found: dict[str, Any] = {}
     if options.only != "simulated":
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             found |= driver(Path(folder), options.searches, options.trials)
     if options.only != "driver":
         found["simulation"] = simulated(options.hours)

@@ -259,3 +259,22 @@ def test_a_cell_that_cannot_be_opened_does_not_stop_the_others() -> None:
     entries = [Entry(partial(lambda: None), GPU), entry(run)]
     assert drive(cluster, entries, keep_going=True) == ""
     assert run.end == "finished"
+
+
+def test_of_hundreds_of_cells_few_are_open_and_no_worker_waits() -> None:
+    """What a run holds in memory is held for 64 of them, unless those leave room."""
+    for wave, most in ((4, FAIR.num_open), (1, 70)):
+        cluster = VirtualCluster([node("n", cpus=70, gpus=70 if wave == 1 else 8)])
+        runs = [Many(str(index), 8, wave=wave) for index in range(200)]
+        entries = [entry(run) for run in runs]
+        open_at_once = []
+
+        class Watched(Many):
+            def take(self, result: TrialResult) -> None:
+                open_at_once.append(sum(each.coming is not None for each in entries))  # noqa: B023
+                super().take(result)
+
+        entries += [entry(Watched(f"w{index}", 8, wave=wave)) for index in range(20)]
+        drive(cluster, entries, order=FAIR)
+        assert {run.end for run in runs} == {"finished"}
+        assert max(open_at_once) <= most
