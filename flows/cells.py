@@ -14,6 +14,7 @@ from pathlib import Path
 from infra.errors import UserError
 from infra.specs import CompareSpec, PruneSpec, Spec
 from infra.store import RunStore
+from infra.study_files import StudySpec
 from tasks.allocation import ALLOCATIONS, NOT_REPRODUCED, allocation_named
 
 
@@ -24,6 +25,7 @@ class Cell:
     name: str
     model: str
     spec: Spec
+    priority: float = 1.0
 
     @property
     def folder(self) -> Path:
@@ -71,6 +73,32 @@ def cells_of(spec: Spec, folder: Path | None = None) -> list[Cell]:
         for method in methods
         for allocation in allocations
     ]
+
+
+def study_cells(study: StudySpec) -> list[Cell]:
+    """The cells of all groups, with the address and the limit that the study has.
+
+    Raises UserError where two that differ have one name, or groups name different clusters.
+    """
+    cells: dict[str, Cell] = {}
+    for group in study.groups:
+        for cell in cells_of(group.spec, Path(study.dir)):
+            name = f"{group.name}-{cell.name}".lstrip("-")
+            run = cell.spec.run.model_copy(update={"dir": str(Path(study.dir) / name)})
+            spec = cell.spec.model_copy(update={"run": run})
+            if name in cells and cells[name].spec.identity() != spec.identity():
+                raise UserError(
+                    f"two cells of different settings are called {name!r}: give one of their "
+                    'groups a name = "..." in [[cells]]'
+                )
+            cells.setdefault(name, Cell(name, cell.model, spec, group.priority))
+    addresses = {cell.spec.cluster.address for cell in cells.values()}
+    if len(addresses) > 1:
+        raise UserError(
+            f"the cells name different clusters, {', '.join(map(repr, sorted(addresses)))}: set "
+            'overrides = {"cluster.address" = "..."} to one of them'
+        )
+    return list(cells.values())
 
 
 def earlier_cells(spec: Spec, asked: Sequence[Cell], folder: Path) -> list[Cell]:

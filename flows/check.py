@@ -21,6 +21,7 @@ from rich.table import Table
 from flows.cells import Cell, cells_of
 from flows.live import duration
 from flows.measures import WINDOWS
+from flows.pins import pin, refuse
 from flows.plan import (
     kinds_of_trial,
     ladder,
@@ -31,7 +32,6 @@ from flows.plan import (
     token_passes,
     waves_left,
 )
-from flows.search import pin, refuse
 from infra.cluster import Cluster, connect
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialSpec

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         print(f"sparseramp: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        runs = options.name in ("search", "prune", "compare")
+        runs = options.name in ("search", "prune", "compare", "study")
         promise = "; the same command goes on where it left off" if runs else ""
         print(f"sparseramp: stopped{promise}", file=sys.stderr)
         sys.exit(130)
@@ -77,6 +77,15 @@ def _parser() -> argparse.ArgumentParser:
         "spec",
         "search every cell of models x methods x allocations, and table",
     )
+    add("study", _study, "spec", "run groups of cells on one cluster, fairly, within a budget")
+    add("status", _status, "run", "say what is going on in a run, from its files", False)
+    add(
+        "stop",
+        _stop_run,
+        "run",
+        "end the driver of a run in order, keeping what is finished",
+        False,
+    )
     add("check", _check, "spec", "resolve everything a spec names and say what would run where")
     add("evaluate", _evaluate, "checkpoint", "measure a saved checkpoint on its report split")
     add("speed", _speed, "checkpoint", "time a saved checkpoint on every engine that runs here")
@@ -111,12 +120,57 @@ def _compare(options: argparse.Namespace) -> None:
     _show_comparison(compare(spec, as_json=options.json), spec.run.dir, options.json)
 
 
+def _study(options: argparse.Namespace) -> None:
+    from infra.study_files import load_study
+
+    spec = load_study(options.spec, options.overrides)
+    from flows.study import study
+
+    as_json = options.json or not sys.stdout.isatty()
+    _show_leaderboard(study(spec, as_json=as_json), spec.dir, as_json)
+
+
+def _show_leaderboard(board: dict[str, Any], run: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"kind": "leaderboard", "run": run} | board))
+        return
+    from flows.leaderboard import print_leaderboard
+
+    print_leaderboard(board, run)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from flows.status import print_status, status
+
+    found = status(Path(options.run))
+    if options.json:
+        print(json.dumps(found))
+    else:
+        print_status(found)
+
+
+def _stop_run(options: argparse.Namespace) -> None:
+    from flows.stop import stop
+
+    kept = stop(Path(options.run))
+    if options.json:
+        print(json.dumps(kept))
+    else:
+        print(f"{kept['run']} has stopped; {kept['trials']} finished trials are kept")
+
+
 def _report(options: argparse.Namespace) -> None:
     from flows.comparison import write_comparison
     from flows.report import write_report
     from infra.store import RunStore
 
-    if RunStore.read(options.run).command == "compare":
+    command = RunStore.read(options.run).command
+    if command == "study":
+        from flows.leaderboard import write_leaderboard
+
+        _show_leaderboard(write_leaderboard(Path(options.run)), options.run, options.json)
+        return
+    if command == "compare":
         _show_comparison(write_comparison(Path(options.run)), options.run, options.json)
         return
     _show(write_report(Path(options.run)), options.run, options.json)

@@ -147,6 +147,7 @@ def row_of(cell: Cell) -> Row:
     row: Row = {
         "cell": cell.name,
         "model": cell.model,
+        "modality": cell.spec.model.modality,
         "source": cell.spec.model.source,
         "sparsity": prune.sparsity,
         "method": prune.method,
@@ -165,6 +166,11 @@ def row_of(cell: Cell) -> Row:
     return row | {
         "state": "complete",
         "label": best["label"],
+        **{key: best[key] for key in ("beta", "tilt")},
+        "realised": best["sparsity"],
+        "blocks": len(report["model"]["blocks"]),
+        "family": report["model"]["architecture"],
+        "peak_memory_bytes": report["cost"]["peak_memory_bytes"],
         "rates": [min(rates), max(rates)],
         "metrics": best["metrics"],
         "headline": report["headline"],
@@ -175,6 +181,7 @@ def row_of(cell: Cell) -> Row:
         "gain": {key: gain[key] for key in ("mean", "stderr", "low", "high", "level", "n", "unit")},
         "n_seeds": gain["n_seeds"],
         "search_cost": _search_cost(cell, store),
+        "used_s": sum(store.result(number).cost.used_s for number in store.numbers()),
         **_verdict(cell, report),
     }
 
@@ -200,6 +207,8 @@ def _unfinished(store: RunStore) -> Row:
     failed = [r for r in store.results().values() if r.state == "failed"]
     finals = [r for r in failed if r.spec.stage == "final"]
     last = store.events()[-1]
+    if last["event"] == "stopped" and last["cause"] == "BudgetSpent":
+        return {"state": "stopped", "cause": last["reason"]}
     if last["event"] != "stopped" or last["cause"] != "UserError":
         return {"state": "unfinished", "cause": "the same command goes on"}
     if finals:

@@ -161,6 +161,23 @@ def planned_passes(spec: Spec, model: ModelRecord | None, results: Results) -> i
     return done + sum(token_passes(t) for wave in waves_left(spec, model, results) for t in wave)
 
 
+def planned_trials(spec: Spec, model: ModelRecord | None, results: Results) -> int:
+    """Trials of the whole run: those that are done, and the most that can still come."""
+    return len(results) + sum(map(len, waves_left(spec, model, results)))
+
+
+def best_so_far(spec: Spec, results: Results) -> TrialResult | None:
+    """The best candidate on the highest rung that has one, by what is searched."""
+    searched = [r for r in results.values() if r.spec.stage == "search" and r.state == "complete"]
+    top = max((result.spec.rung for result in searched), default=0)
+    name = spec.search.objective
+    return min(
+        (result for result in searched if result.spec.rung == top),
+        key=lambda result: (result.objective_mean(name), result.spec.number),
+        default=None,
+    )
+
+
 def waves_left(
     spec: Spec, model: ModelRecord | None, results: Results
 ) -> Iterator[list[TrialSpec]]:

@@ -9,6 +9,7 @@ needs no network.
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def write_report(store_dir: Path) -> Report:
     results, model = list(store.results().values()), store.model()
     if model is None:
         raise UserError(f"{store_dir} holds no model.json yet: {GO_ON}")
-    seconds = _working_time(store.events())
+    seconds = working_time(store.events())
     report = build_report(store.spec, model, results, seconds, store.provenance)
     uniform, best = _finals(results)
     report["pictures"] = pictures(store.spec, uniform[0], best[0])
@@ -67,7 +68,7 @@ def write_report(store_dir: Path) -> Report:
     return report
 
 
-def _working_time(events: Sequence[dict[str, Any]]) -> float:
+def working_time(events: Sequence[dict[str, Any]]) -> float:
     """Seconds during which a driver was at work: the pauses between start and resume left out."""
     seconds, last = 0.0, None
     for event in events:
@@ -313,6 +314,15 @@ def render(report: Report) -> str:
 
 def page(template: str, **values: Any) -> str:
     """One HTML page that stands alone: styles, data and the plotting library are in it."""
+    return _environment().get_template(template).render(plotly=_plotly(), **values)
+
+
+_plotly = cache(get_plotlyjs)
+
+
+@cache
+def _environment() -> Environment:
+    """A driver makes hundreds of pages, and a template takes half a second to compile."""
     environment = Environment(
         loader=PackageLoader("flows"),
         autoescape=True,
@@ -328,7 +338,7 @@ def page(template: str, **values: Any) -> str:
         "percent": _percent,
         "duration": duration,
     }
-    return environment.get_template(template).render(plotly=get_plotlyjs(), **values)
+    return environment
 
 
 def _estimate(value: dict[str, Any]) -> str:

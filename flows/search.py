@@ -4,40 +4,42 @@
 
 Start and resume are the same call. Files are the truth: a wave is written down before its first
 trial starts, a result the moment it returns; Optuna and MLflow get copies. One loop, in
-flows/study.py, drives any number of runs; a single search is a study of one.
+flows/dispatch_loop.py, drives any number of runs; a single search is a study of one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from flows import speed
+from flows.dispatch_loop import Entry, drive
 from flows.live import View, live, trial_event
+from flows.pins import pin, refuse
 from flows.plan import (
     Results,
     final_wave,
     kinds_of_trial,
     next_wave,
     planned_passes,
+    planned_trials,
     refuse_objective,
     search_trial,
     token_passes,
 )
 from flows.report import Report, write_report
-from flows.study import drive
+from flows.stop import stoppable
 from infra import tracking
-from infra.checkpoints import inspect_checkpoint
 from infra.cluster import Cluster, LostCheckpointError, connect
 from infra.documents import data_sha256
 from infra.errors import UserError
 from infra.provenance import provenance
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.samplers import StudyMirror
-from infra.sources import fetch, pinned
-from infra.specs import MISSING_SOURCE, Spec
+from infra.specs import Spec
 from infra.store import RunStore, write_atomic
-from tasks.allocation import allocation_named, bounds_of, check_rates
+from tasks.allocation import bounds_of, check_rates
 from tasks.model_card import model_card
 from tasks.trial import describe_model, measure_profile
 
@@ -73,12 +75,14 @@ def _alone(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
     pinned_spec = pin(spec)  # what cannot be read is refused before a run directory is there
     with (
         RunStore.open(spec, command) as store,
+        stoppable(store.dir),
         live(spec, planned_passes(spec, None, store.results()), as_json=as_json) as view,
         connect(spec.cluster) as cluster,
     ):
         tracking.start(store.dir, spec.tracking)
         run = Run(store, pinned_spec, cluster, view, plan, lambda spec: describe(cluster, spec))
-        drive(cluster, [run])
+        timeout_s = spec.cluster.trial_timeout_s
+        drive(cluster, [Entry(lambda: run, cluster.share, timeout_s=timeout_s)])
         best = store.path("best")
         if spec.speed.measure and best.is_dir() and not store.path(speed.FILE).exists():
             run.tell("speed")
@@ -97,7 +101,7 @@ def describe(cluster: Cluster, spec: Spec) -> ModelRecord:
 
 
 class Run:
-    """One run: its files, what it still needs, and who is told. flows/study.py drives it."""
+    """One run: its files, what it still needs, and who is told; flows/dispatch_loop.py drives."""
 
     def __init__(
         self,
@@ -110,7 +114,7 @@ class Run:
     ) -> None:
         self.store, self.spec, self.cluster, self.view = store, spec, cluster, view
         self.plan, self.describe = plan, describe
-        self.results = store.results()
+        self.results = {number: _light(result) for number, result in store.results().items()}
         self.report: Report = {}
         self._model: ModelRecord | None = None
         self._studies: StudyMirror | None = None
@@ -157,12 +161,16 @@ class Run:
             if not complete:  # what was measured still stands
                 return
         self.store.write_result(result)
-        self.results[number] = result
+        self.results[number] = _light(result)
         if self._studies is not None:
             self._studies.record(result)
             self._tell_storage(self._studies)
         event = trial_event(result)
         self.tell(event.pop("kind"), **event)
+
+    def reader(self, number: int) -> Callable[[], TrialResult]:
+        """What reads a result that was taken from the files."""
+        return partial(self.store.result, number)
 
     def finish(self) -> None:
         """The report and the model card, when no trial is left.
@@ -259,6 +267,7 @@ class Run:
     def _tell_wave(self, wave: list[TrialSpec], model: ModelRecord) -> None:
         kind = "final" if wave[0].stage == "final" else "climb" if wave[0].rung else "wave"
         planned = planned_passes(self.spec, model, self.results)
+        trials = planned_trials(self.spec, model, self.results)
         if kind == "final":  # rungs that nobody had to climb to are not to come
             earlier = [
                 result.spec
@@ -266,8 +275,10 @@ class Run:
                 if number not in {trial.number for trial in wave}
             ]
             planned = sum(map(token_passes, [*earlier, *wave]))
+            trials = len(earlier) + len(wave)
         candidates = [trial.prune.label for trial in wave]
-        self.tell(kind, rung=wave[0].rung, candidates=candidates, planned=planned)
+        fields = {"candidates": candidates, "planned": planned, "planned_trials": trials}
+        self.tell(kind, rung=wave[0].rung, **fields)
 
     def _publish(self) -> Iterator[TrialSpec | None]:
         """Bring the best checkpoint into the run directory, once; a lost one is made again."""
@@ -298,46 +309,6 @@ class Run:
         )
 
 
-def refuse(spec: Spec) -> None:
-    """Raise UserError where a spec contradicts itself, whatever its sources hold."""
-    data, prune = spec.data, spec.prune
-    if not data.source and not (data.calibration and data.selection and data.report):
-        raise UserError(MISSING_SOURCE)
-    if prune.sparsity == 0:
-        raise UserError("prune.sparsity=0 prunes nothing: give the share of zeros, such as 0.6")
-    allocation_named(prune.allocation)
-    if prune.pattern[0].isdigit() and prune.allocation != "uniform":
-        kept, size = map(int, prune.pattern.split(":"))
-        raise UserError(
-            f"prune.pattern={prune.pattern} fixes the rate of every matrix: set "
-            f"prune.allocation=uniform and prune.sparsity={1 - kept / size:g}"
-        )
-    if data.cut == "whole" and spec.search.protocol != "paper":
-        raise UserError("data.cut='whole' does not keep splits apart: use search.protocol='paper'")
-
-
-def pin(spec: Spec) -> Spec:
-    """The spec with the exact revision of every source, so that all nodes read the same.
-
-    Raises UserError where a source is missing, or a checkpoint is cut off or unsafe.
-    """
-    model, data = spec.model, spec.data
-    inspect_checkpoint(
-        fetch(model.source, allow_pickle=model.allow_pickle),
-        allow_pickle=model.allow_pickle,
-        trust_remote_code=model.trust_remote_code,
-    )
-    model = model.model_copy(
-        update={
-            "source": pinned(model.source, allow_pickle=model.allow_pickle),
-            "tokenizer": model.tokenizer and pinned(model.tokenizer, "tokenizer"),
-        }
-    )
-    sources = {
-        "source": "",
-        "calibration": pinned(data.source_of("calibration"), "dataset"),
-        "selection": pinned(data.source_of("selection"), "dataset"),
-        "report": pinned(data.source_of("report"), "dataset"),
-    }
-    data = data.model_copy(update=sources)
-    return spec.model_copy(update={"model": model, "data": data})
+def _light(result: TrialResult) -> TrialResult:
+    """Without what is said of each matrix, which no plan reads: of hundreds of runs it is much."""
+    return result.model_copy(update={"matrices": [], "errors": []})

@@ -1,121 +1,110 @@
-"""The dispatch loop: the trials of many runs on one cluster, none of them done twice.
+"""The study: groups of cells that share one cluster fairly, within a budget.
 
-    drive(cluster, [run])                                   # a single search
-    drive(cluster, runs, known=results, keep_going=True)    # many of them, one beside the other
+    study(load_study("flows/specs/study_cifar10.toml"))
 
-A run is asked for its next trial when a worker is free, those that began first before the others;
-the next run begins only when those that are going have nothing to offer, so that a worker keeps its
-model for as long as it can. Equal trials of several runs are run once.
+Each cell is a run in a folder of its own, as `compare` makes them. Whichever cell has used the
+least of the cluster for its priority is served next. When the budget is spent, what runs is
+finished, and the same command with a larger one goes on; so it does with more cells in the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+import math
+import resource
+import time
+from contextlib import ExitStack
+from typing import Any
 
-from infra.cluster import Cluster
-from infra.errors import UserError
-from infra.records import TrialResult, TrialSpec
-from tasks.trial import run_trial
+from flows.cell_runs import CellRuns, Connect
+from flows.cells import study_cells
+from flows.dispatch_loop import FAIR, Budget
+from flows.leaderboard import STUDY, Leaderboard
+from flows.overview import Overview
+from flows.report import working_time
+from flows.stop import stoppable
+from infra import tracking
+from infra.cluster import connect
+from infra.specs import ClusterSpec, CompareSpec
+from infra.store import RunStore, write_atomic
+from infra.study_files import BudgetSpec, StudySpec
 
-
-class Driven(Protocol):
-    """What the loop asks of a run; see flows.search.Run."""
-
-    def trials(self) -> Iterator[TrialSpec | None]:
-        """The trials to run, in order; None while the last of a wave are still out."""
-
-    def take(self, result: TrialResult) -> None:
-        """The result of a trial that was offered."""
-
-    def finish(self) -> None:
-        """No trial is left."""
-
-    def stop(self, error: BaseException) -> None:
-        """The run ends early."""
+WRITE_S = 5.0  # the leaderboard is not written more often while the study runs
 
 
-def drive(
-    cluster: Cluster,
-    runs: Iterable[Driven],
-    known: Iterable[TrialResult] = (),
-    *,
-    keep_going: bool = False,
-) -> None:
-    """Drive every run to its end; `runs` is read as workers come free.
+def study(spec: StudySpec, *, as_json: bool = False, connect: Connect = connect) -> dict[str, Any]:
+    """Run every cell that is not finished yet, and return what leaderboard.json holds.
 
-    `known` are finished results of these runs, from which equal trials are answered. What a run
-    raises ends it alone where `keep_going` says so, else all of them.
+    Raises UserError for what holds for all cells; what holds for one is in its row.
     """
-    _Study(cluster, known, keep_going).drive(runs)
-
-
-class _Study:
-    def __init__(self, cluster: Cluster, known: Iterable[TrialResult], keep_going: bool) -> None:
-        self.cluster, self.keep_going = cluster, keep_going
-        self.finished = {_work(result.spec): result for result in known}
-        self.claims: dict[str, list[tuple[Driven, TrialSpec]]] = {}
-        self.going: dict[Driven, Iterator[TrialSpec | None]] = {}
-
-    def drive(self, runs: Iterable[Driven]) -> None:
+    cells = study_cells(spec)
+    _open_many_files()
+    first = cells[0].spec
+    own = first.model_copy(
+        update={
+            "compare": CompareSpec(),
+            "run": first.run.model_copy(update={"dir": spec.dir}),
+            "tracking": next(
+                (c.spec.tracking for c in cells if c.spec.tracking.enabled), first.tracking
+            ),
+        }
+    )
+    with ExitStack() as stack:
+        store = stack.enter_context(RunStore.open(own, "study"))
+        stack.enter_context(stoppable(store.dir))
+        write_atomic(store.path(STUDY), spec.model_dump_json(indent=1).encode())
+        tracking.start(store.dir, own.tracking)
+        board = Leaderboard(store, cells)
+        overview = Overview(cells, _Writer(store, board).ended, as_json=as_json)
+        runs = CellRuns(cells, overview.view_of)
+        overview.entries = runs.entries
+        spent = ""
         try:
-            for result in self.cluster.run(run_trial, self._offers(iter(runs))):
-                work = _work(result.spec)
-                if result.state == "complete":  # a failure may be of this one moment
-                    self.finished[work] = result
-                for run, trial in self.claims.pop(work):
-                    self._give(run, trial, result)
+            if runs.todo:
+                with overview.shown():
+                    spent = runs.drive(
+                        ClusterSpec(address=first.cluster.address, parallel=spec.parallel),
+                        order=FAIR,
+                        budget=_budget(spec.budget, store),
+                        connect=connect,
+                    )
         except BaseException as error:
-            for run in self.going:
-                run.stop(error)
+            store.event("stopped", cause=type(error).__name__, reason=str(error))
+            board.write()
             raise
-
-    def _offers(self, runs: Iterator[Driven]) -> Iterator[TrialSpec | None]:
-        """One trial for each time that a worker is free; None where there is nothing to do now."""
-        while True:
-            trial = next(filter(None, map(self._offer, list(self.going))), None)
-            while trial is None and (run := next(runs, None)) is not None:
-                self.going[run] = run.trials()
-                trial = self._offer(run)
-            if trial is None and not self.going:
-                return
-            yield trial
-
-    def _offer(self, run: Driven) -> TrialSpec | None:
-        """A trial of the run that nobody has done or is doing."""
-        try:
-            for trial in self.going[run]:
-                if trial is None:
-                    return None
-                work = _work(trial)
-                if work in self.claims:
-                    self.claims[work].append((run, trial))
-                elif work in self.finished and not trial.checkpoint:  # those are on a node only
-                    run.take(self.finished[work].model_copy(update={"spec": trial}))
-                else:
-                    self.claims[work] = [(run, trial)]
-                    return trial
-            run.finish()
-            del self.going[run]
-        except UserError as error:
-            self._end(run, error)
-        return None
-
-    def _give(self, run: Driven, trial: TrialSpec, result: TrialResult) -> None:
-        if run not in self.going:  # it ended early
-            return
-        try:
-            run.take(result.model_copy(update={"spec": trial}))
-        except UserError as error:
-            self._end(run, error)
-
-    def _end(self, run: Driven, error: Exception) -> None:
-        if not self.keep_going:
-            raise error
-        del self.going[run]
-        run.stop(error)
+        if spent:
+            store.event("stopped", cause="BudgetSpent", reason=spent)
+        else:
+            store.event("finished")
+        return board.write(spent)
 
 
-def _work(trial: TrialSpec) -> str:
-    """What a trial does, by whatever number it goes."""
-    return trial.model_copy(update={"number": 0}).model_dump_json()
+class _Writer:
+    """The leaderboard follows the cells that end, and the events of the study say when."""
+
+    def __init__(self, store: RunStore, board: Leaderboard) -> None:
+        self.store, self.board, self.written = store, board, -math.inf
+
+    def ended(self, cell: str) -> None:
+        """A cell is finished, stopped or refused."""
+        self.board.update(cell)
+        self.store.event("cell", cell=cell, state=self.board.rows[cell]["state"])
+        if time.monotonic() - self.written >= WRITE_S:
+            self.board.write()
+            self.written = time.monotonic()
+
+
+def _budget(spec: BudgetSpec, store: RunStore) -> Budget:
+    """What is left of it; how much was used, the loop knows."""
+    worked_s = working_time(store.events())
+    return Budget(
+        trials=spec.trials or math.inf,
+        used_s=3600 * spec.gpu_hours or math.inf,
+        until=max(0.0, 3600 * spec.hours - worked_s) if spec.hours else math.inf,
+        grace_s=spec.grace_s,
+    )
+
+
+def _open_many_files() -> None:
+    """Every cell that is going holds a lock and a database."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

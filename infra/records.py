@@ -124,6 +124,14 @@ class Cost(Frozen):
     peak_memory_bytes: int = Field(
         0, description="on the GPU during the trial, else of the process since it began"
     )
+    held_s: float = Field(0.0, description="a worker was held for it, lost dispatches included")
+    gpus: float = Field(0.0, description="that the worker held")
+    cpus: float = 0.0
+
+    @property
+    def used_s(self) -> float:
+        """GPU-seconds; CPU-seconds where it had no GPU."""
+        return self.held_s * (self.gpus or self.cpus or 1.0)
 
 
 class TrialResult(Frozen):

@@ -7,8 +7,9 @@ Unknown keys are refused with the nearest known one. Nothing here imports torch.
 
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -26,8 +27,20 @@ def load_spec(
     Raises UserError for a missing file, malformed TOML, an unknown key or a wrong type.
     """
     path = Path(path)
+    raw = read_toml(path)
+    if "cells" in raw or "study" in raw:
+        raise UserError(f"{path} is a study file: sparseramp study {path}")
+    apply_overrides(raw, overrides or [])
+    run = raw.setdefault("run", {})
+    if isinstance(run, dict) and not run.get("dir"):
+        run["dir"] = f"runs/{path.stem}{run_suffix}"
+    return parse_spec(raw, str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The contents of a spec file; raises UserError where there are none."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except IsADirectoryError:
         saved = f": give {path / 'spec.toml'}" if (path / "spec.toml").is_file() else ""
         raise UserError(f"{path} is a folder, not a spec{saved}") from None
@@ -35,11 +48,6 @@ def load_spec(
         raise UserError(f"cannot read spec {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
-    apply_overrides(raw, overrides or [])
-    run = raw.setdefault("run", {})
-    if isinstance(run, dict) and not run.get("dir"):
-        run["dir"] = f"runs/{path.stem}{run_suffix}"
-    return parse_spec(raw, str(path))
 
 
 def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> None:
@@ -53,7 +61,7 @@ def parse_spec(raw: dict[str, Any], where: str) -> Spec:
     try:
         return Spec.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{_explain(error)} ({where})") from None
+        raise UserError(f"{explain(error)} ({where})") from None
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -93,15 +101,17 @@ def toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, root: type[BaseModel] = Spec) -> str:
+    """What is wrong first with the contents of a file that `root` describes, on one line."""
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(location)
+    location = list(first["loc"])
+    key = ".".join(map(str, location))
     if first["type"] == "extra_forbidden":
-        homes = [name for name in Spec.model_fields if key in _keys([name])]
+        homes = [name for name in root.model_fields if key in _keys(root, [name])]
         if len(location) == 1 and homes:
             return f"unknown key {key!r}: did you mean {homes[0]}.{key}?"
-        return f"unknown key {key!r}: {nearest(location[-1], _keys(location[:-1]))}"
+        known = _keys(root, location[:-1])
+        return f"unknown key {key!r}: {nearest(str(location[-1]), known)}"
     if first["type"] == "missing":
         return f"{key!r} is missing: set it in the spec or add {key}=... to the command"
     message = first["msg"].removeprefix("Value error, ")
@@ -113,10 +123,13 @@ def _explain(error: ValidationError) -> str:
     return f"{key}={first['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
-def _keys(path: list[str]) -> list[str]:
-    model: type[BaseModel] = Spec
+def _keys(root: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    model = root
     for part in path:
-        annotation = model.model_fields[part].annotation
+        if isinstance(part, int):  # of a list, whose entries are alike
+            continue
+        annotation: Any = model.model_fields[part].annotation
+        annotation = next(iter(get_args(annotation)), annotation)
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

@@ -226,6 +226,12 @@ class ClusterSpec(Frozen):
     address: str = Field("", description="Ray address; empty: RAY_ADDRESS, else this machine")
     gpus_per_trial: float = Field(-1, description="-1: one where there are any")
     cpus_per_trial: float = Field(-1, description="-1: decided from the machine")
+    memory_gb_per_trial: float = Field(0, ge=0, description="of the host, kept free for it")
+    labels: dict[str, str] = Field(
+        {},
+        description='nodes that a trial may run on: {"ray.io/accelerator-type" = "H100"}; also '
+        "!H100, in(H100,H200), !in(H100,H200)",
+    )
     parallel: int = Field(0, ge=0, description="trials at once; 0: as many as fit")
     trial_timeout_s: float = Field(0, ge=0, description="0: none")
 

@@ -83,8 +83,8 @@ def pending(run_dir: str | Path) -> int:
 
 
 def _runs(store: RunStore) -> list[tuple[Path, int]]:
-    """The run itself; of a comparison, the cells that have a report, and when each was written."""
-    if store.command != "compare":
+    """The run itself; of many cells, those that have a report, and when each was written."""
+    if store.command not in ("compare", "study"):
         return [(store.dir, 0)]
     reports = sorted(store.dir.glob("*/report.html"))  # a run writes it last
     return [(path.parent, path.stat().st_mtime_ns) for path in reports]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from infra.spec_files import load_spec
+from infra.study_files import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ["flows", "tasks", "modalities", "infra"]  # each may import itself and those after it
@@ -160,6 +161,9 @@ def test_lock_holds_every_dependency() -> None:
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.name)
 def test_example_specs_are_valid(path: Path) -> None:
+    if path.stem.startswith("study_"):
+        assert load_study(path).dir == f"runs/{path.stem}"
+        return
     spec = load_spec(path)
     assert spec.run.dir == f"runs/{path.stem}"
 

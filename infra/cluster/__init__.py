@@ -11,7 +11,23 @@ one-GPU tasks that happened to 42 of 60.
 """
 
 from infra.cluster.connection import Cluster, connect
-from infra.cluster.resources import Share
+from infra.cluster.dispatch import Job, Source, dispatch
+from infra.cluster.pool import Machines, Outcome, Pool
+from infra.cluster.resources import Node, Share
 from infra.cluster.transfer import LostCheckpointError
+from infra.cluster.worker import TrialFunction
 
-__all__ = ["Cluster", "LostCheckpointError", "Share", "connect"]
+__all__ = [
+    "Cluster",
+    "Job",
+    "LostCheckpointError",
+    "Machines",
+    "Node",
+    "Outcome",
+    "Pool",
+    "Share",
+    "Source",
+    "TrialFunction",
+    "connect",
+    "dispatch",
+]

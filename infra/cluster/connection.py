@@ -23,9 +23,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from infra import environment
-from infra.cluster.dispatch import BACKOFF_S, MAX_LOST, dispatch
-from infra.cluster.pool import Pool, nodes
-from infra.cluster.resources import Share, check_address
+from infra.cluster.dispatch import BACKOFF_S, MAX_LOST, Job, Source, dispatch
+from infra.cluster.pool import Pool
+from infra.cluster.ray_machines import RayMachines
+from infra.cluster.resources import Share, capacity, check_address
 from infra.cluster.transfer import fetch
 from infra.cluster.worker import Kind, TrialFunction, describe_error, first_line
 from infra.devices import num_cores
@@ -83,12 +84,24 @@ class Cluster:
     def __init__(self, spec: ClusterSpec, address: str) -> None:
         self._address, self._spec = address, spec
         self._timeout_s = spec.trial_timeout_s
-        self._pool = Pool(spec)
+        self._pool = Pool(RayMachines(), spec)
 
     @property
     def share(self) -> Share:
         """What one trial gets."""
         return self._pool.share
+
+    def share_of(self, spec: ClusterSpec) -> Share:
+        """What a trial of another spec gets; raises UserError where no node could ever hold it."""
+        return self._pool.share_of(spec)
+
+    def holds(self, share: Share) -> bool:
+        """Whether a node that is there now could hold it; an autoscaler may add one that can."""
+        return bool(capacity(share, list(self._pool.nodes.values())))
+
+    def now(self) -> float:
+        """Seconds since some moment, by the clock that dispatching goes by."""
+        return self._pool.machines.now()
 
     @property
     def parallel(self) -> int:
@@ -97,7 +110,7 @@ class Cluster:
 
     def describe(self) -> dict[str, Any]:
         """Nodes and what is on them, and how trials are placed there."""
-        alive = nodes()
+        alive = list(self._pool.nodes.values())
         return {
             "address": self._address,
             "nodes": [node.model_dump() for node in alive],
@@ -120,9 +133,19 @@ class Cluster:
         a None in it says that there is nothing now, and is asked again after the next result.
         Leaving the iterator early stops the trials in flight.
         """
-        return dispatch(self._pool, function, specs, self._timeout_s)
+        source = iter(specs)
 
-    def call(self, function: Callable[..., T], *args: object) -> T:
+        def jobs(pool: Pool) -> Job | None:
+            spec = next(source, None) if pool.fits(self.share) else None
+            return Job(spec, self.share, self._timeout_s) if spec else None
+
+        return self.dispatch(function, jobs)
+
+    def dispatch(self, function: TrialFunction, source: Source) -> Iterator[TrialResult]:
+        """`run` for trials of different needs: `source(room)` looks for a job that fits."""
+        return dispatch(self._pool, function, source)
+
+    def call(self, function: Callable[..., T], *args: object, share: Share | None = None) -> T:
         """Run one function in a worker; a UserError raised there is raised here, others as one.
 
         A lost worker is replaced, at most 3 dispatches. Where CUDA is out of memory, a function
@@ -131,9 +154,9 @@ class Cluster:
         divisible = "batch_divisor" in inspect.signature(function).parameters
         for attempt in range(1, MAX_LOST + 1):
             try:
-                kind, answer, cause = self._call(function, args, {})
+                kind, answer, cause = self._call(function, args, {}, share)
                 if kind == "cuda-out-of-memory" and divisible:
-                    kind, answer, cause = self._call(function, args, {"batch_divisor": 2})
+                    kind, answer, cause = self._call(function, args, {"batch_divisor": 2}, share)
             except RayError as error:
                 self._pool.drop_dead_workers()
                 lost = type(error).__name__
@@ -152,7 +175,8 @@ class Cluster:
         self.stop_workers()
         whole = {"parallel": 1, "cpus_per_trial": -1, "gpus_per_trial": -1}
         pool = self._pool
-        self._pool = Pool(self._spec.model_copy(update=whole), here=True)
+        here = ray.get_runtime_context().get_node_id()
+        self._pool = Pool(RayMachines(), self._spec.model_copy(update=whole), only=here)
         try:
             return self.call(function, *args)
         finally:
@@ -172,11 +196,15 @@ class Cluster:
         self._pool.stop_all()
 
     def _call(
-        self, function: Callable[..., T], args: tuple[object, ...], options: dict[str, int]
+        self,
+        function: Callable[..., T],
+        args: tuple[object, ...],
+        options: dict[str, int],
+        share: Share | None,
     ) -> tuple[Kind, T, str]:
-        slot = self._pool.any()
+        slot = self._pool.any(share or self.share)
         try:
-            ended: tuple[Kind, T, str] = ray.get(slot.actor.call.remote(function, args, options))
+            ended: tuple[Kind, T, str] = ray.get(slot.worker.call.remote(function, args, options))
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None

@@ -1,154 +1,182 @@
-"""The dispatch loop: trials to idle workers, results as they return, retries by cause.
+"""The dispatch loop: jobs to idle workers, results as they return, retries by cause.
 
-for result in dispatch(pool, run_trial, trials, timeout_s=0):
-    ...
+    for result in dispatch(pool, run_trial, source):
+        ...
+
+`source(pool)` is asked for the next job whenever there may be room, and looks for one that fits. It
+is asked every POLL_S at least, so that it can keep a deadline. The machines are the pool's: a
+cluster, or simulated ones with a clock of their own.
 """
 
+from __future__ import annotations
+
 import math
-import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
-
 from infra.cluster.pool import Pool, Slot
-from infra.cluster.worker import TrialFunction, describe_error, failed, first_line
+from infra.cluster.resources import Share
+from infra.cluster.worker import TrialFunction, failed
 from infra.records import TrialResult, TrialSpec
 
 MAX_LOST = 3  # dispatches of a trial whose worker or node died
 BACKOFF_S = 0.5
+POLL_S = 2.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial, what it needs, and after how long it counts as hung (0: never)."""
+
+    spec: TrialSpec
+    share: Share
+    timeout_s: float = 0.0
+
+
+# None: nothing fits now, or there is nothing now; it is over when nothing is out either.
+Source = Callable[[Pool], Job | None]
 
 
 @dataclass(eq=False)
 class Trial:
     """A trial on its way through its dispatches."""
 
-    spec: TrialSpec
+    job: Job
     attempts: int = 0
     lost: int = 0
     batch_divisor: int = 1
     alone: bool = False  # the host was out of memory
     not_before: float = 0.0
-    deadline: float = math.inf
+    sent_at: float = 0.0
+    held_s: float = 0.0
+
+    @property
+    def deadline(self) -> float:
+        """When it counts as hung."""
+        return self.sent_at + (self.job.timeout_s or math.inf)
+
+    def ended(self, result: TrialResult) -> TrialResult:
+        """Its result, with what the driver knows of it."""
+        share = self.job.share
+        held = {"held_s": self.held_s, "gpus": share.gpus, "cpus": share.cpus}
+        cost = result.cost.model_copy(update=held)
+        return result.model_copy(update={"attempts": self.attempts, "cost": cost})
 
 
 Busy = dict[Any, tuple[Slot, Trial]]  # by the reference to the result
 
 
-def dispatch(
-    pool: Pool, function: TrialFunction, specs: Iterable[TrialSpec | None], timeout_s: float
-) -> Iterator[TrialResult]:
+def dispatch(pool: Pool, function: TrialFunction, source: Source) -> Iterator[TrialResult]:
     """Yield the result of every trial as it returns; see `Cluster.run`."""
-    source = iter(specs)
     waiting: deque[Trial] = deque()
     busy: Busy = {}
     pool.drop_dead_workers()
     try:
         while True:
-            trials = [*waiting, *(trial for _, trial in busy.values())]
-            limit = 1 if any(trial.alone for trial in trials) else pool.parallel
-            while len(waiting) + len(busy) < limit and (spec := next(source, None)):
-                waiting.append(Trial(spec))
-            if not waiting and not busy:
+            _send(pool, function, waiting, busy)
+            pool.release()
+            while _may_begin(pool, waiting, busy) and (job := source(pool)):
+                waiting.append(Trial(job))
+                pool.claim(job.share)
+            pool.provide()
+            _send(pool, function, waiting, busy)
+            if not waiting and not busy and not pool.wanted:
                 return
-            _send(pool, function, waiting, busy, limit, timeout_s or math.inf)
             for ref in _wait(pool, waiting, busy):
                 slot, trial = busy.pop(ref)
-                slot.busy = False
-                result = _collect(pool, ref, slot, trial, timeout_s)
+                pool.ended(slot)
+                trial.held_s += pool.machines.now() - trial.sent_at
+                result = _collect(pool, ref, slot, trial)
                 if result is None:
                     waiting.appendleft(trial)
+                    pool.claim(trial.job.share)
                 else:
-                    yield result.model_copy(update={"attempts": trial.attempts})
+                    yield trial.ended(result)
     finally:
         for slot, _ in busy.values():
             pool.stop(slot)
+        pool.forget_claims()
 
 
-def _send(
-    pool: Pool,
-    function: TrialFunction,
-    waiting: deque[Trial],
-    busy: Busy,
-    limit: int,
-    timeout_s: float,
-) -> None:
-    """Give waiting trials to idle workers, and start workers for the others."""
-    now = time.monotonic()
-    idle = pool.idle()
+def _may_begin(pool: Pool, waiting: deque[Trial], busy: Busy) -> bool:
+    if any(trial.alone for trial in (*waiting, *(trial for _, trial in busy.values()))):
+        return False
+    return len(waiting) + len(busy) < pool.limit
+
+
+def _send(pool: Pool, function: TrialFunction, waiting: deque[Trial], busy: Busy) -> None:
+    """Give waiting trials to idle workers that have their share."""
+    now = pool.machines.now()
+    if any(trial.alone for _, trial in busy.values()):
+        return
     for trial in [trial for trial in waiting if trial.not_before <= now]:
-        if not idle or len(busy) >= limit:
-            break
-        # A worker that has the model need not load it.
-        slot = next((slot for slot in idle if slot.model == trial.spec.model), idle[0])
-        idle.remove(slot)
-        slot.model = trial.spec.model
+        if trial.alone and busy:
+            return
+        slot = pool.take(trial.job.share, trial.job.spec.model)
+        if slot is None:
+            continue
         if trial.alone:  # idle workers hold memory, too
             for other in [other for other in pool.slots if other is not slot]:
                 pool.stop(other)
         waiting.remove(trial)
         trial.attempts += 1
-        trial.deadline = now + timeout_s
-        slot.busy = True
+        trial.sent_at = now
         # Only a started worker is sent a trial, so the time it waits for room does not count.
-        ref = slot.actor.trial.remote(function, trial.spec, trial.batch_divisor, slot.node)
+        ref = pool.machines.send(
+            slot.worker, function, trial.job.spec, trial.batch_divisor, slot.node
+        )
         busy[ref] = (slot, trial)
-    while len(pool.slots) < min(limit, len(waiting) + len(busy)):
-        pool.start()
+        if trial.alone:
+            return
 
 
 def _wait(pool: Pool, waiting: deque[Trial], busy: Busy) -> list[Any]:
     """Dispatches that came to an end, on their own or at their deadline."""
-    now = time.monotonic()
+    now = pool.machines.now()
     starting = {slot.starting: slot for slot in pool.slots if not slot.node}
-    times = [trial.deadline for _, trial in busy.values()]
+    times = [now + POLL_S]
+    times += [trial.deadline for _, trial in busy.values()]
     times += [trial.not_before for trial in waiting if trial.not_before > now]
-    pause = max(0.0, min(times, default=math.inf) - now)
-    refs = [*busy, *starting]
-    if not refs:
-        time.sleep(pause)
-        return []
-    done, _ = ray.wait(refs, timeout=None if pause == math.inf else pause)
+    done = pool.machines.wait([*busy, *starting], max(0.0, min(times) - now))
     for ref in done:
         if ref in starting:
             pool.started(starting[ref])
-    now = time.monotonic()
+    now = pool.machines.now()
     late = [ref for ref, (_, trial) in busy.items() if trial.deadline <= now]
     return [ref for ref in done if ref in busy] or late
 
 
-def _collect(
-    pool: Pool, ref: Any, slot: Slot, trial: Trial, timeout_s: float
-) -> TrialResult | None:
+def _collect(pool: Pool, ref: Any, slot: Slot, trial: Trial) -> TrialResult | None:
     """The result of a dispatch; None where the trial is to be dispatched again."""
-    if not ray.wait([ref], timeout=0)[0]:
+    spec = trial.job.spec
+    if not pool.machines.wait([ref], 0.0):
         pool.stop(slot)
-        return failed(trial.spec, f"TimeoutError: not done in trial_timeout_s={timeout_s:g}")
-    try:
-        kind, result = ray.get(ref)
-    except OutOfMemoryError as error:
-        pool.stop(slot)
-        if trial.alone:
-            return failed(trial.spec, f"OutOfMemoryError: {first_line(error)}")
-        trial.alone = True
-        return None
-    except RayTaskError as error:  # the function or its answer could not be sent
-        return failed(trial.spec, describe_error(error.cause))
-    except RayError as error:
-        pool.stop(slot)
-        pool.drop_dead_workers()
-        trial.lost += 1
-        if trial.lost == MAX_LOST:
-            return failed(trial.spec, f"lost {MAX_LOST} times: {type(error).__name__}")
-        trial.not_before = time.monotonic() + BACKOFF_S * trial.lost
-        return None
-    if kind == "broken":
-        pool.stop(slot)
-    if kind == "cuda-out-of-memory" and trial.batch_divisor == 1:
-        trial.batch_divisor = 2
-        return None
-    answer: TrialResult = result
-    return answer
+        return failed(spec, f"TimeoutError: not done in trial_timeout_s={trial.job.timeout_s:g}")
+    ended = pool.machines.outcome(ref)
+    match ended.kind:
+        case "unsent":
+            return failed(spec, ended.cause)
+        case "host-out-of-memory":
+            pool.stop(slot)
+            if trial.alone:
+                return failed(spec, ended.cause)
+            trial.alone = True
+            return None
+        case "lost":
+            pool.stop(slot)
+            pool.drop_dead_workers()
+            trial.lost += 1
+            if trial.lost == MAX_LOST:
+                return failed(spec, f"lost {MAX_LOST} times: {ended.cause}")
+            trial.not_before = pool.machines.now() + BACKOFF_S * trial.lost
+            return None
+        case "broken":
+            pool.stop(slot)
+        case "cuda-out-of-memory" if trial.batch_divisor == 1:
+            trial.batch_divisor = 2
+            return None
+        case _:
+            pass
+    return ended.result

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from infra.errors import UserError
 from infra.specs import ClusterSpec, Frozen
@@ -26,22 +27,39 @@ class Node(Frozen):
     cpus: float
     gpus: float
     memory_bytes: int
+    labels: dict[str, str] = {}
 
 
-class Share(Frozen):
+@dataclass(frozen=True)
+class Share:
     """What one trial gets; a fraction of a GPU is shared with other trials."""
 
     cpus: float
     gpus: float
+    memory_bytes: int = 0
+    labels: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def weight(self) -> float:
+        """What a second of it counts: its GPUs, its CPUs where it has none."""
+        return self.gpus or self.cpus or 1.0
+
+    def admits(self, node: Node) -> bool:
+        """Whether the node has the labels that are asked for."""
+        return all(_label_fits(node.labels.get(key, ""), wanted) for key, wanted in self.labels)
 
 
-def decide_share(spec: ClusterSpec, nodes: Sequence[Node]) -> Share:
-    """Fill in what the spec leaves open; raises UserError where no node could hold one trial.
+def decide_share(spec: ClusterSpec, nodes: Sequence[Node], *, grows: bool = False) -> Share:
+    """Fill in what the spec leaves open; raises UserError where no node could hold one trial,
+    unless the cluster `grows`: an autoscaler may add one that does.
 
     A trial gets one GPU where there are any, and the processor cores that go with it; without
     GPUs, a node's cores are divided among its part of `parallel`.
     """
-    gpus = spec.gpus_per_trial
+    gpus, memory = spec.gpus_per_trial, int(spec.memory_gb_per_trial * 1e9)
+    labels = tuple(sorted(spec.labels.items()))
+    asked = Share(cpus=0, gpus=0, memory_bytes=memory, labels=labels)
+    nodes = [node for node in nodes if asked.admits(node)]
     if gpus < 0:
         gpus = float(any(node.gpus >= 1 for node in nodes))
     if gpus > 1 and gpus % 1:
@@ -58,12 +76,18 @@ def decide_share(spec: ClusterSpec, nodes: Sequence[Node]) -> Share:
             beside = math.ceil(spec.parallel / len(hosts)) or math.ceil(cores / MAX_THREADS)
             fitting = cores / beside
         cpus = float(max(1, int(fitting)))
-    share = Share(cpus=max(cpus, 0.0), gpus=gpus)
-    if not capacity(share, nodes):
+    share = replace(asked, cpus=max(cpus, 0.0), gpus=gpus)
+    if not capacity(share, nodes) and not grows:
+        if spec.labels and not nodes:
+            raise UserError(f"no node has cluster.labels={spec.labels}: `ray status -v` shows them")
         most = [max((size for size in sizes), default=0) for sizes in _columns(nodes)]
+        memory_too = f" with {memory / 1e9:g} GB" if memory else ""
         raise UserError(
-            f"no node holds a trial of {share.cpus:g} CPUs and {share.gpus:g} GPUs (the largest "
-            f"have {most[0]:g} and {most[1]:g}): set cluster.cpus_per_trial and gpus_per_trial"
+            f"no node holds a trial of {share.cpus:g} CPUs and {share.gpus:g} GPUs{memory_too} "
+            f"(the largest have {most[0]:g} and {most[1]:g}"
+            + (f" with {most[2] / 1e9:.3g} GB" if memory else "")
+            + "): set cluster.cpus_per_trial and gpus_per_trial"
+            + (" and memory_gb_per_trial" if memory else "")
         )
     return share
 
@@ -72,9 +96,13 @@ def capacity(share: Share, nodes: Sequence[Node]) -> int:
     """How many trials the nodes hold at once."""
     total = 0
     for node in nodes:
-        wanted = [(node.cpus, share.cpus), (node.gpus, share.gpus)]
+        wanted = [
+            (node.cpus, share.cpus),
+            (node.gpus, share.gpus),
+            (node.memory_bytes, share.memory_bytes),
+        ]
         fits = [int(have / want + 1e-6) for have, want in wanted if want]
-        total += min(fits, default=int(node.cpus))
+        total += min(fits, default=int(node.cpus)) if share.admits(node) else 0
     return total
 
 
@@ -110,5 +138,16 @@ def check_address(address: str) -> None:
         ) from None
 
 
-def _columns(nodes: Sequence[Node]) -> tuple[list[float], list[float]]:
-    return [node.cpus for node in nodes], [node.gpus for node in nodes]
+def _columns(nodes: Sequence[Node]) -> tuple[list[float], list[float], list[int]]:
+    return (
+        [node.cpus for node in nodes],
+        [node.gpus for node in nodes],
+        [node.memory_bytes for node in nodes],
+    )
+
+
+def _label_fits(value: str, wanted: str) -> bool:
+    """As Ray reads a label selector: H100, !H100, in(H100,H200) or !in(H100,H200)."""
+    listed = re.fullmatch(r"!?in\((.*)\)", wanted)
+    names = listed[1].split(",") if listed else [wanted.removeprefix("!")]
+    return (value in [name.strip() for name in names]) != wanted.startswith("!")

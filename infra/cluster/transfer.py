@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from infra.cluster.pool import nodes
+from infra.cluster.ray_machines import RayMachines
 from infra.cluster.worker import first_line, read_chunk, remove_folder
 from infra.records import TrialResult
 from infra.sources import sha256_of
@@ -61,7 +61,7 @@ def fetch(result: TrialResult, destination: Path) -> None:
 
 def _node_now(result: TrialResult, own: str) -> str:
     """The node that holds the checkpoint; it has another id when Ray was started again there."""
-    hosts = {node.node: node.host for node in nodes()}
+    hosts = {node.node: node.host for node in RayMachines().nodes()}
     if result.node in hosts:
         return result.node
     same = [node for node, host in hosts.items() if host == result.host]

@@ -5,23 +5,25 @@ python -m pytest tests/flows/test_compare.py
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from flows.cells import cells_of
+from flows.dispatch_loop import Entry, drive
 from flows.report import build_report, render
-from flows.study import drive
-from infra.cluster import Cluster
 from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
 from infra.spec_files import load_spec, parse_spec
+from infra.specs import ClusterSpec
 from tests.flows.commands import run, write_project
 from tests.flows.test_report import make_model, make_run, make_spec
 from tests.infra.trials import trial
+from tests.infra.virtual import VirtualCluster, node
 
 LISTS = """
 [compare]
@@ -30,6 +32,7 @@ allocations = ["uniform", "arithmetic", "{broken}", "als"]
 sparsities = [0.5, 0.6]
 """
 SMALL = ("search.scouts=2", "evaluation.calibration_seeds=1", "--json")
+ONE = ClusterSpec(cpus_per_trial=1)
 METHODS, SPARSITIES = ("magnitude", "wanda"), (0.5, 0.6)
 
 
@@ -223,30 +226,23 @@ class Waves:
     def stop(self, error: BaseException) -> None:
         self.log.append(f"{self.name} stops: {error}")
 
-
-class Workers:
-    """As many trials at once as given, the oldest returns first; as Cluster.run reads its specs."""
-
-    def __init__(self, log: list[str], parallel: int) -> None:
-        self.log, self.parallel = log, parallel
-
-    def run(self, function: object, specs: Iterable[TrialSpec | None]) -> Iterator[TrialResult]:
-        source, busy = iter(specs), list[TrialSpec]()
-        while True:
-            while len(busy) < self.parallel and (spec := next(source, None)) is not None:
-                self.log.append(spec.model.source)
-                busy.append(spec)
-            if not busy:
-                return
-            first = busy.pop(0)
-            cause = "bad" if first.model.source == "bad" else ""
-            yield TrialResult(spec=first, state="complete", cause=cause)
+    def reader(self, number: int) -> Callable[[], TrialResult]:
+        return lambda: TrialResult(spec=trial(number, "u"), state="complete")
 
 
 def driven(parallel: int, *waves: tuple[str, ...], keep_going: bool = True) -> list[str]:
+    """As many trials at once as given, the oldest returns first."""
     log: list[str] = []
+
+    def answer(spec: TrialSpec) -> TrialResult:
+        log.append(spec.model.source)
+        cause = "bad" if spec.model.source == "bad" else ""
+        return TrialResult(spec=spec, state="complete", cause=cause)
+
+    cluster = VirtualCluster([node("a", cpus=parallel)], answer=answer)
     runs = [Waves(log, name, *each) for name, each in zip("ABC", waves, strict=False)]
-    drive(cast(Cluster, Workers(log, parallel)), iter(runs), keep_going=keep_going)
+    entries = [Entry(partial(lambda run: run, run), cluster.share_of(ONE)) for run in runs]
+    drive(cluster, entries, keep_going=keep_going)
     return log
 
 

@@ -6,41 +6,42 @@ python -m pytest tests/flows/test_publish.py
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.dispatch_loop import Entry, drive
 from flows.live import live
 from flows.search import Run
-from flows.study import drive
 from infra.cluster import LostCheckpointError
 from infra.records import ModelRecord, TrialResult, TrialSpec
 from infra.spec_files import parse_spec
 from infra.specs import Spec
 from infra.store import RunStore
 from tests.flows.commands import run, write_project
+from tests.infra.virtual import VirtualCluster, node
 
 LOST = LostCheckpointError("outbox on node1 is out of reach")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-class Nodes:
+class Nodes(VirtualCluster):
     """A cluster whose fetches end as listed, and whose trial ends as given."""
 
     def __init__(self, fetches: list[OSError | None], again: TrialResult) -> None:
-        self.fetches, self.again, self.trials = fetches, again, 0
+        super().__init__([node("a")], answer=lambda spec: again.model_copy(update={"spec": spec}))
+        self.fetches = fetches
+
+    @property
+    def trials(self) -> int:
+        return len(self.machines.log)
 
     def fetch(self, result: TrialResult, destination: Path) -> None:
         if error := self.fetches.pop(0):
             raise error
         destination.mkdir()
-
-    def run(self, function: object, specs: Iterable[TrialSpec | None]) -> Iterator[TrialResult]:
-        for spec in filter(None, specs):
-            self.trials += 1
-            yield self.again.model_copy(update={"spec": spec})
 
 
 class Publishing(Run):
@@ -94,7 +95,7 @@ def publish(spec: Spec, model: ModelRecord) -> Iterator[Callable[..., str]]:
         def call(cluster: Any, result: TrialResult) -> str:
             store.write_result(result)
             run = Publishing(store, spec, cluster, view, lambda *_: [], lambda _: model)
-            drive(cluster, [run])
+            drive(cluster, [Entry(lambda: run, cluster.share)])
             return run._problem
 
         yield call

@@ -1,0 +1,330 @@
+"""The dispatch loop: the trials of many runs on one cluster, none of them done twice.
+
+    drive(cluster, [Entry(run, cluster.share)])                         # a single search
+    drive(cluster, entries, known, order=FAIR, budget=budget, keep_going=True)     # a study
+
+Whenever there is room, the entries are gone through in an order: `IN_TURN` serves those that began
+first, so that a worker keeps its model for as long as it can and cells end one after the other;
+`FAIR` serves the one that has used the least of the cluster for its priority. An entry's run is
+opened when the loop first comes to it. Equal trials of several runs are run once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from infra.cluster import Job, Pool, Share, Source, TrialFunction
+from infra.errors import UserError
+from infra.records import TrialResult, TrialSpec
+from tasks.trial import run_trial
+
+_END = "no trial is left"
+
+
+class Driven(Protocol):
+    """What the loop asks of a run; see flows.search.Run."""
+
+    def trials(self) -> Iterator[TrialSpec | None]:
+        """The trials to run, in order; None while the last of a wave are still out."""
+
+    def take(self, result: TrialResult) -> None:
+        """The result of a trial that was offered."""
+
+    def reader(self, number: int) -> Callable[[], TrialResult]:
+        """What reads a result that was taken from the files, without holding on to the run."""
+
+    def finish(self) -> None:
+        """No trial is left."""
+
+    def stop(self, error: BaseException) -> None:
+        """The run ends early."""
+
+
+class Dispatcher(Protocol):
+    """What the loop asks of a cluster; see infra.cluster.Cluster."""
+
+    def now(self) -> float:
+        """Seconds by the clock that it goes by."""
+
+    def dispatch(self, function: TrialFunction, source: Source) -> Iterator[TrialResult]:
+        """Results as they return, of jobs that `source` finds."""
+
+
+@dataclass(eq=False)
+class Entry:
+    """A run in the loop: how it is opened, what its trials need, and what it has used so far."""
+
+    run: Callable[[], Driven | None]  # None: it is refused
+    share: Share
+    priority: float = 1.0
+    at_once: int = 0  # 0: as many as fit
+    timeout_s: float = 0.0
+    used_s: float = 0.0  # GPU-seconds of trials that have ended, else CPU-seconds
+    # what follows is the loop's
+    driven: Driven | None = None
+    coming: Iterator[TrialSpec | None] | None = None
+    next: tuple[TrialSpec, str] | None = None  # looked at and not begun, with its work
+    out: dict[str, float] = field(default_factory=dict)  # when each trial was begun, by its work
+
+    num_ended: int = 0
+    ended_s: float = 0.0
+
+    def used_at(self, now: float) -> float:
+        """What it has used, trials that run included."""
+        return self.used_s + self.share.weight * sum(now - begun for begun in self.out.values())
+
+    def booked_at(self, now: float) -> float:
+        """The same, but a trial that runs counts from its start as much as those that have ended
+        took on average: else all that is free at one moment would go to one cell."""
+        usual = self.ended_s / self.num_ended if self.num_ended else 1.0
+        running = (max(now - begun, usual) for begun in self.out.values())
+        return self.used_s + self.share.weight * sum(running)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which entry is served first: the one with the least `key(entry, now)`."""
+
+    key: Callable[[Entry, float], float]
+    warm_s: float = 0.0  # so far ahead may one be where a worker has its model, in its own seconds
+    num_open: float = math.inf  # others begin only where these leave room: each holds memory
+    holds: bool = False  # who comes first and finds no room has a node kept free of others
+
+
+IN_TURN = Order(lambda entry, now: 0.0)
+# Loading a model takes about as long as the head start that it gives.
+FAIR = Order(
+    lambda entry, now: entry.booked_at(now) / entry.priority, warm_s=60.0, num_open=64, holds=True
+)
+
+
+class BudgetSpent(UserError):  # noqa: N818  the end of a study as it was asked for
+    """No more trials may begin."""
+
+
+@dataclass(kw_only=True)
+class Budget:
+    """How many trials may begin, what they may use, until when; what earlier starts used counts."""
+
+    trials: float = math.inf
+    used_s: float = math.inf
+    until: float = math.inf
+    grace_s: float = 0.0  # after `until`, for what still runs
+    num_begun: int = 0
+    used_before_s: float = 0.0  # by what is not among the entries any more
+
+    def spent(self, used_s: float, now: float) -> str:
+        """Why no trial may begin; empty while one may."""
+        if self.num_begun >= self.trials:
+            return f"budget: all {self.trials:g} trials are begun"
+        if used_s >= self.used_s:
+            return f"budget: {self.used_s / 3600:g} GPU-hours are used"
+        return "budget: its hours are over" if now >= self.until else ""
+
+
+def drive(
+    cluster: Dispatcher,
+    entries: Sequence[Entry],
+    known: Known | None = None,
+    *,
+    order: Order = IN_TURN,
+    budget: Budget | None = None,
+    keep_going: bool = False,
+) -> str:
+    """Drive every run to its end, or until the budget is spent; why it was, else nothing.
+
+    `known` are finished trials, from which equal ones are answered. What a run raises ends it alone
+    where `keep_going` says so, else all of them.
+    """
+    return _Loop(cluster, entries, known, order, budget or Budget(), keep_going).drive()
+
+
+class Known:
+    """Where the results of finished trials are; only that is kept in memory, of whatever many."""
+
+    def __init__(self) -> None:
+        self._works: set[str] = set()
+        self._read: dict[str, Callable[[], TrialResult]] = {}
+
+    def note(self, result: TrialResult, read: Callable[[], TrialResult]) -> bool:
+        """Note a finished trial; whether it is the first of its work.
+
+        One that failed answers nothing: it may have been of that one moment.
+        """
+        work = work_of(result.spec)
+        is_new = work not in self._works
+        self._works.add(work)
+        if result.state == "complete":
+            self._read[work] = read
+        return is_new
+
+    def answer(self, trial: TrialSpec, work: str) -> TrialResult | None:
+        """The result of an equal trial; none where a checkpoint is wanted, which is on a node."""
+        if trial.checkpoint or work not in self._read:
+            return None
+        return self._read[work]().model_copy(update={"spec": trial})
+
+
+class _Loop:
+    def __init__(
+        self,
+        cluster: Dispatcher,
+        entries: Sequence[Entry],
+        known: Known | None,
+        order: Order,
+        budget: Budget,
+        keep_going: bool,
+    ) -> None:
+        self.cluster, self.order, self.budget = cluster, order, budget
+        self.keep_going = keep_going
+        self.entries = list(entries)  # that have not ended
+        self.used_s = self.budget.used_before_s + sum(entry.used_s for entry in entries)
+        self.known = known or Known()
+        self.claims: dict[str, list[tuple[Entry, TrialSpec]]] = {}
+
+    def drive(self) -> str:
+        spent = ""
+        try:
+            for result in self.cluster.dispatch(run_trial, self._next):
+                self._ended(result)
+            spent = self._spent() if self.entries else ""
+        except BudgetSpent as error:
+            spent = str(error)
+        except BaseException as error:
+            for entry in self.entries:
+                if entry.driven is not None:
+                    entry.driven.stop(error)
+            raise
+        for entry in list(self.entries):
+            self._end(entry, BudgetSpent(spent), alone=True)
+        return spent
+
+    def _spent(self) -> str:
+        now = self.cluster.now()
+        running = sum(entry.used_at(now) - entry.used_s for entry in self.entries)
+        return self.budget.spent(self.used_s + running, now)
+
+    def _next(self, pool: Pool) -> Job | None:
+        """The first trial, in the order of the entries, that there is room for."""
+        now = self.cluster.now()
+        spent = self._spent()
+        if now >= self.budget.until + self.budget.grace_s:
+            raise BudgetSpent(spent)
+        fits: dict[Share, bool] = {}
+        pool.held.clear()
+        chosen: Entry | None = None
+        limit = math.inf
+        num_open, holding = sum(e.coming is not None for e in self.entries), self.order.holds
+        ordered = [
+            (math.inf, entry)
+            if entry.coming is None and num_open >= self.order.num_open
+            else (self.order.key(entry, now), entry)
+            for entry in self.entries
+        ]
+        for value, entry in sorted(ordered, key=lambda pair: pair[0]):
+            share, begun = entry.share, entry.coming is not None
+            if value > limit:
+                break
+            if chosen and (not begun or share != chosen.share):
+                continue
+            if fits.get(share) is False and not holding:
+                continue
+            if (spent and not begun) or 0 < entry.at_once <= len(entry.out):
+                continue
+            if (begun and not self._look(entry)) or spent:
+                continue
+            if share not in fits:
+                fits[share] = pool.fits(share)
+            if holding and not fits[share] and not chosen:
+                holding = pool.hold(share)
+                fits = {share: False} if holding else fits  # others may fit no more
+            if not fits[share] or not (begun or self._look(entry)):
+                continue
+            if chosen is None:
+                chosen, limit = entry, value + self.order.warm_s * share.weight / entry.priority
+            if entry.next and (not self.order.warm_s or pool.is_warm(share, entry.next[0].model)):
+                chosen = entry
+                break
+        return self._begin(chosen, now) if chosen else None
+
+    def _begin(self, entry: Entry, now: float) -> Job:
+        assert entry.next is not None
+        trial, work = entry.next
+        self.claims[work] = [(entry, trial)]
+        entry.next, entry.out[work] = None, now
+        self.budget.num_begun += 1
+        return Job(trial, entry.share, entry.timeout_s)
+
+    def _look(self, entry: Entry) -> bool:
+        """Whether the entry has a trial that nobody has done or is doing; it is its next one."""
+        try:
+            if entry.coming is None:
+                entry.driven = entry.run()
+                if entry.driven is None:
+                    self.entries.remove(entry)
+                    return False
+                entry.coming = entry.driven.trials()
+            assert entry.driven is not None
+            while True:
+                if entry.next is None:
+                    trial = next(entry.coming, _END)
+                    if trial is None:
+                        return False
+                    if isinstance(trial, str):
+                        entry.driven.finish()
+                        self._remove(entry)
+                        return False
+                    entry.next = trial, work_of(trial)
+                trial, work = entry.next
+                if work in self.claims:
+                    self.claims[work].append((entry, trial))
+                elif answer := self.known.answer(trial, work):
+                    entry.driven.take(answer)
+                else:
+                    return True
+                entry.next = None
+        except UserError as error:
+            self._end(entry, error)
+            return False
+
+    def _ended(self, result: TrialResult) -> None:
+        work = work_of(result.spec)
+        claims = self.claims.pop(work)
+        first = claims[0][0]
+        del first.out[work]
+        first.used_s += result.cost.used_s
+        first.ended_s += result.cost.held_s
+        first.num_ended += 1
+        self.used_s += result.cost.used_s
+        for entry, trial in claims:
+            if entry.driven is None:  # it ended early
+                continue
+            try:
+                entry.driven.take(result.model_copy(update={"spec": trial}))
+            except UserError as error:
+                self._end(entry, error)
+                continue
+            self.known.note(result, entry.driven.reader(trial.number))
+
+    def _remove(self, entry: Entry) -> None:
+        """Whatever a run holds in memory goes when it has ended."""
+        self.entries.remove(entry)
+        entry.driven = entry.coming = entry.next = None
+
+    def _end(self, entry: Entry, error: Exception, *, alone: bool = False) -> None:
+        if not (alone or self.keep_going):
+            raise error
+        driven = entry.driven
+        self._remove(entry)
+        if driven is not None:
+            driven.stop(error)
+
+
+def work_of(trial: TrialSpec) -> str:
+    """What a trial does, by whatever number it goes."""
+    work = trial.model_copy(update={"number": 0}).model_dump_json()
+    return hashlib.sha256(work.encode()).hexdigest()

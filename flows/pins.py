@@ -1,0 +1,56 @@
+"""What is settled before a run begins: a spec that contradicts itself, sources and their revisions.
+
+refuse(spec)
+spec = pin(spec)
+"""
+
+from infra.checkpoints import inspect_checkpoint
+from infra.errors import UserError
+from infra.sources import fetch, pinned
+from infra.specs import MISSING_SOURCE, Spec
+from tasks.allocation import allocation_named
+
+
+def refuse(spec: Spec) -> None:
+    """Raise UserError where a spec contradicts itself, whatever its sources hold."""
+    data, prune = spec.data, spec.prune
+    if not data.source and not (data.calibration and data.selection and data.report):
+        raise UserError(MISSING_SOURCE)
+    if prune.sparsity == 0:
+        raise UserError("prune.sparsity=0 prunes nothing: give the share of zeros, such as 0.6")
+    allocation_named(prune.allocation)
+    if prune.pattern[0].isdigit() and prune.allocation != "uniform":
+        kept, size = map(int, prune.pattern.split(":"))
+        raise UserError(
+            f"prune.pattern={prune.pattern} fixes the rate of every matrix: set "
+            f"prune.allocation=uniform and prune.sparsity={1 - kept / size:g}"
+        )
+    if data.cut == "whole" and spec.search.protocol != "paper":
+        raise UserError("data.cut='whole' does not keep splits apart: use search.protocol='paper'")
+
+
+def pin(spec: Spec) -> Spec:
+    """The spec with the exact revision of every source, so that all nodes read the same.
+
+    Raises UserError where a source is missing, or a checkpoint is cut off or unsafe.
+    """
+    model, data = spec.model, spec.data
+    inspect_checkpoint(
+        fetch(model.source, allow_pickle=model.allow_pickle),
+        allow_pickle=model.allow_pickle,
+        trust_remote_code=model.trust_remote_code,
+    )
+    model = model.model_copy(
+        update={
+            "source": pinned(model.source, allow_pickle=model.allow_pickle),
+            "tokenizer": model.tokenizer and pinned(model.tokenizer, "tokenizer"),
+        }
+    )
+    sources = {
+        "source": "",
+        "calibration": pinned(data.source_of("calibration"), "dataset"),
+        "selection": pinned(data.source_of("selection"), "dataset"),
+        "report": pinned(data.source_of("report"), "dataset"),
+    }
+    data = data.model_copy(update=sources)
+    return spec.model_copy(update={"model": model, "data": data})

@@ -1,0 +1,145 @@
+"""What is going on in a run, a comparison or a study, from its files alone.
+
+    status(Path("runs/night"))["trials"]    # or: sparseramp status runs/night
+
+Nothing is written and no cluster is asked, so that it can be called while the driver is at work.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.cells import Cell, cells_of, study_cells
+from flows.comparison import row_of
+from flows.leaderboard import STUDY
+from flows.live import duration
+from flows.plan import best_so_far, planned_trials
+from infra.driver import driver_of
+from infra.store import RunStore
+from infra.study_files import StudySpec
+
+Status = dict[str, Any]
+
+
+def status(folder: Path) -> Status:
+    """Raises UserError where the folder is no run directory."""
+    store = RunStore.read(folder)
+    driver, events = driver_of(folder), store.events()
+    found: Status = {
+        "run": str(folder),
+        "command": store.command,
+        "driver": driver and vars(driver),
+        "last_event": events[-1]["event"] if events else "",
+        "age_s": _age_s(events[-1]["time"]) if events else None,
+    }
+    if cells := cells_in(store):
+        rows = [_cell(cell) for cell in cells]
+        newest = [row["age_s"] for row in rows if row["age_s"] is not None]
+        return found | {
+            "age_s": min([*newest, *([found["age_s"]] if events else [])], default=None),
+            "states": dict(Counter(row["state"] for row in rows)),
+            "trials": {
+                key: sum(row["trials"][key] for row in rows)
+                for key in ("complete", "failed", "planned")
+            },
+            "cells": rows,
+        }
+    return found | _run(store)
+
+
+def cells_in(store: RunStore) -> list[Cell]:
+    """The cells of a comparison or a study; none of a run."""
+    if store.command == "compare":
+        return cells_of(store.spec, store.dir)
+    if store.command == "study" and store.path(STUDY).exists():
+        study = StudySpec.model_validate_json(store.path(STUDY).read_bytes())
+        return study_cells(study.model_copy(update={"dir": str(store.dir)}))
+    return []
+
+
+def _run(store: RunStore) -> Status:
+    results = store.results()
+    best = best_so_far(store.spec, results)
+    finished = store.path("report.json").exists()
+    planned = planned_trials(store.spec, store.model(), results)
+    failed = sum(result.state == "failed" for result in results.values())
+    return {
+        "trials": {
+            "complete": len(results) - failed,
+            "failed": failed,
+            "planned": len(results) if finished else planned,
+        },
+        "finished": finished,
+        "best": best
+        and {
+            "label": best.spec.prune.label,
+            "objective": store.spec.search.objective,
+            "value": abs(best.objective_mean(store.spec.search.objective)),
+            "rung": best.spec.rung,
+        },
+        "used_s": sum(result.cost.used_s for result in results.values()),
+    }
+
+
+def _cell(cell: Cell) -> Status:
+    row = row_of(cell)
+    known = {"cell": cell.name, "state": row["state"], "cause": row["cause"], "age_s": None}
+    if row["state"] == "missing":
+        none = {"complete": 0, "failed": 0, "planned": planned_trials(cell.spec, None, {})}
+        return known | {"trials": none, "best": None, "used_s": 0.0}
+    store = RunStore.read(cell.folder)
+    events = store.events()
+    if row["state"] == "unfinished" and driver_of(cell.folder):
+        known |= {"state": "going", "cause": events[-1]["event"]}
+    return known | _run(store) | {"age_s": _age_s(events[-1]["time"]) if events else None}
+
+
+def _age_s(time: str) -> float:
+    return (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()
+
+
+def print_status(found: Status) -> None:
+    """As few lines as say it; of many cells a line for each that is not yet begun or has ended."""
+    console = Console(highlight=False, soft_wrap=True)
+    driver = found["driver"]
+    who = f"driven by pid {driver['pid']} on {driver['host']}" if driver else "no driver is at work"
+    if not driver and found["last_event"] in ("finished", "stopped"):
+        who = f"{found['last_event']}, {who}"
+    age = "" if found["age_s"] is None else f"; last event {duration(found['age_s'])} ago"
+    console.print(f"{found['run']}: {found['command']}, {who}{age}", markup=False)
+    trials = found["trials"]
+    failed = f", {trials['failed']} failed" if trials["failed"] else ""
+    done = trials["complete"] + trials["failed"]
+    console.print(f"trials  {done} of at most {trials['planned']}{failed}")
+    if "cells" not in found:
+        console.print(f"best    {_best(found['best'])}", markup=False)
+        return
+    states = ", ".join(f"{count} {state}" for state, count in found["states"].items())
+    console.print(f"cells   {states}")
+    table = Table()
+    for column in ("cell", "state", "trials", "best so far", "used"):
+        table.add_column(column, overflow="fold")
+    for row in found["cells"]:
+        if row["state"] == "missing":
+            continue
+        numbers = row["trials"]
+        table.add_row(
+            row["cell"],
+            f"{row['state']}: {row['cause']}" if row["cause"] else row["state"],
+            f"{numbers['complete'] + numbers['failed']} of {numbers['planned']}",
+            _best(row["best"]),
+            duration(row["used_s"]),
+        )
+    console.print(table, markup=False)
+
+
+def _best(best: Status | None) -> str:
+    if best is None:
+        return "none yet"
+    return f"{best['label']}, {best['objective']} {best['value']:.4f}, rung {best['rung']}"
