@@ -1,10 +1,11 @@
-"""The command line with a fault in it: the process kills or stops itself at the point that is asked.
+"""The command line with a fault in it: the process kills or stops itself at a given point.
 
     FAULT=kill:17 python -m tests.faults.child search tiny.toml run.dir=run
 
 A point is a moment at which the run directory changes: just before and just after every event, and
 every rename by which a file or the checkpoint appears there. FAULT_POINTS names a file to list
-them in. FAULT_CLUSTER=processes runs trials in plain processes in place of Ray's workers.
+them in; FAULT=kill:new kills at the first that is not in it, and lists that one only.
+FAULT_CLUSTER=processes runs trials in plain processes in place of Ray's workers.
 """
 
 import os
@@ -26,9 +27,10 @@ def main(arguments: list[str]) -> None:
     if os.environ.get("FAULT_CLUSTER") == "processes":
         search.connect = connect  # type: ignore[attr-defined, assignment]
     fault, _, number = os.environ.get("FAULT", "").partition(":")
-    reach = _Points(SIGNALS.get(fault), int(number or 0))
+    reach = _Points(SIGNALS.get(fault), -1 if number == "new" else int(number or 0))
     RunStore.event = reach.around(  # type: ignore[method-assign]
-        RunStore.event, lambda store, kind, **_: f"event {kind}"
+        RunStore.event,
+        lambda store, kind, **fields: f"event {kind} {fields.get('number', '')}".rstrip(),
     )
     for name in ("replace", "rename"):
         wrapped = reach.around(getattr(Path, name), lambda path, target: f"file {target}")
@@ -42,7 +44,7 @@ class _Points:
     def __init__(self, number: signal.Signals | None, at: int) -> None:
         self.number, self.at, self.count = number, at, 0
         self.owner = os.getpid()  # workers that are forked from it have no points
-        self.list = os.environ.get("FAULT_POINTS")
+        self.list = os.environ.get("FAULT_POINTS", "")
 
     def around(self, function: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -58,8 +60,13 @@ class _Points:
         if os.getpid() != self.owner:
             return
         self.count += 1
+        if self.at < 0:
+            with open(self.list) as file:  # noqa: PTH123  Path's methods are what is watched
+                if f"{label}\n" in file:
+                    return
+            self.at = self.count
         if self.list:
-            with open(self.list, "a") as file:  # noqa: PTH123  Path's methods are what is watched
+            with open(self.list, "a") as file:  # noqa: PTH123
                 file.write(f"{label}\n")
         if self.count == self.at and self.number:
             os.kill(self.owner, self.number)

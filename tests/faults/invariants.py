@@ -51,7 +51,7 @@ def ended_as(undisturbed: Path, run: Path) -> list[str]:
     ]
     for name in ("waves", "best"):
         files = [
-            sorted(path.name for path in (each / name).iterdir()) for each in (run, undisturbed)
+            sorted(path.name for path in (each / name).glob("*")) for each in (run, undisturbed)
         ]
         if files[0] != files[1]:
             wrong.append(f"{name} holds {files[0]} in place of {files[1]}")

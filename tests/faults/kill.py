@@ -1,17 +1,21 @@
 """Kill, hang or spoil a real search at every point or at random moments, and run it again.
 
     python -m tests.faults.kill --points events --cluster processes
+    python -m tests.faults.kill --points chain --cluster ray
     python -m tests.faults.kill --points random --count 50 --cluster ray --seed 1
     python -m tests.faults.kill --points events --fault corrupt --count 40
 
-Each disturbed run is of 12 trials on a tiny model. What must hold whatever happened: no finished
-trial is lost or repeated, exit codes are right, and the end is that of the undisturbed run.
+Each disturbed run is of 12 trials on a tiny model. With `events` a run of its own is killed at each
+point; a `chain` is one run, whose drivers are killed at each point in turn. What must hold whatever
+happened: no finished trial is lost or repeated, exit codes are right, and the end is that of the
+undisturbed run.
 Results are kept by seed in a file of JSON lines: a second call does what is left of it. The last
 line printed is JSON: how many points, how many violations. Exit code 1 where there are any.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -19,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +32,11 @@ from typing import Any, NamedTuple
 
 from infra.provenance import provenance
 from tests.faults.invariants import Trials, ended_as, read_trials, told_twice, within
-from tests.flows.commands import ROOT, SPEC
-from tests.models import write_checkpoint, write_text
+from tests.flows.commands import ROOT
 
 OVERRIDES = ("search.scouts=4", "prune.sparsity=0.7", "cluster.parallel=0")
 LONGEST_S = 120.0  # of one command
+LATE = -1000  # in place of an exit code
 
 
 class Ended(NamedTuple):
@@ -50,12 +55,15 @@ class Launcher:
         if self.forks:  # what every driver and worker needs, once
             import optuna  # noqa: F401
             import sqlalchemy  # noqa: F401
+            import tqdm
             import transformers
 
-            import flows.search
+            import flows.search  # noqa: F401
             import tasks.trial  # noqa: F401
 
             transformers.logging.set_verbosity_error()
+            # Its own is shared by forked processes, and stays locked when one of them is killed.
+            tqdm.tqdm.set_lock(threading.RLock())
 
     def start(self, run: Path, **environment: str) -> int:
         """The process that runs the command."""
@@ -84,7 +92,7 @@ class Launcher:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(int(end.code or 0))
-        except BaseException:
+        except BaseException:  # noqa: BLE001  as an interpreter prints it
             import traceback
 
             traceback.print_exc()
@@ -93,14 +101,17 @@ class Launcher:
 
     def wait(self, pid: int, seconds: float = LONGEST_S) -> Ended:
         """Until it ends or stops itself; one that is late is killed."""
-        deadline, pause = time.monotonic() + seconds, 0.001
+        deadline, pause, late = time.monotonic() + seconds, 0.001, False
         while True:
             done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
             if done and os.WIFSTOPPED(status):
                 return Ended(None, "")
+            if done and late:
+                return Ended(LATE, f"not done in {seconds:g} s")
             if done:
                 return Ended(os.waitstatus_to_exitcode(status), self.errors.read_text())
-            if time.monotonic() > deadline:
+            if not late and time.monotonic() > deadline:
+                late = True
                 os.kill(pid, signal.SIGKILL)
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
@@ -178,6 +189,26 @@ class Harness:
         wrong += self._ends(run, kept)
         return {"points": len(moments), "at": moments, "violations": wrong}
 
+    def in_turn(self, index: int) -> dict[str, Any]:
+        """Kill a run at its first point, its successor at the next, and so on to the end."""
+        run = self.launcher.folder / f"chain{index}"
+        points = self.launcher.folder / f"chain{index}.txt"
+        points.touch()
+        kept: Trials = {}
+        wrong: list[str] = []
+        while True:
+            ended = self.launcher.run(run, FAULT="kill:new", FAULT_POINTS=str(points))
+            if ended.code != -signal.SIGKILL:
+                break
+            now = read_trials(run)
+            wrong += [f"{points.read_text().splitlines()[-1]}: {one}" for one in within(kept, now)]
+            kept = now
+        if ended.code != 0:
+            wrong.append(f"it ended so: {ended}")
+        wrong += self._ends(run, kept)
+        labels = [line.replace(str(run), "run") for line in points.read_text().splitlines()]
+        return {"points": len(labels), "at": labels, "violations": wrong}
+
     def _hung(self, run: Path, pid: int, index: int) -> list[str]:
         """A second driver beside one that stands still, which then dies or goes on."""
         locked = (run / "lock").exists() and (run / "lock").stat().st_size > 0
@@ -251,7 +282,7 @@ def standing(cluster: str) -> Iterator[None]:
 def main() -> int:
     """Do what is left, print both counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--points", choices=["events", "random"], default="events")
+    parser.add_argument("--points", choices=["events", "chain", "random"], default="events")
     parser.add_argument("--fault", choices=["kill", "hang", "corrupt"], default="kill")
     parser.add_argument("--cluster", choices=["ray", "processes"], default="processes")
     parser.add_argument("--count", type=int, default=0, help="points in all; 0: every event")
@@ -273,14 +304,16 @@ def main() -> int:
     with standing(options.cluster):
         _write_project(folder)
         harness = Harness(Launcher(folder, options.cluster), options.fault, options.seed)
-        measure = harness.at_point if options.points == "events" else harness.at_random
+        measure = {
+            "events": harness.at_point, "chain": harness.in_turn, "random": harness.at_random
+        }[options.points]  # fmt: skip
         index = -options.step
         while time.monotonic() - started < options.seconds:
             index += options.step
             done = _known(options.results, key)
             if options.count and sum(line["points"] for line in done.values()) >= options.count:
                 break
-            if options.points == "events" and index >= len(harness.points):
+            if index >= {"events": len(harness.points), "chain": 1}.get(options.points, math.inf):
                 break
             if index in done:
                 continue
@@ -289,7 +322,8 @@ def main() -> int:
             with options.results.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             for each in record["violations"]:
-                print(f"{options.points} {index} {record['at']}: {each}", flush=True)
+                where = record["at"] if options.points == "events" else ""
+                print(f"{options.points} {index} {where}: {each}", flush=True)
     num_trials = len(read_trials(harness.undisturbed))
     done = _known(options.results, key)
     violations = sum(len(line["violations"]) for line in done.values())
@@ -315,10 +349,9 @@ def _known(results: Path, key: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 def _write_project(folder: Path) -> None:
-    model = write_checkpoint("llama", folder / "model")
-    write_text(folder / "text.txt")
-    spec = SPEC.format(model=model, text=folder / "text.txt", run=folder / "run")
-    (folder / "tiny.toml").write_text(spec)
+    """In a process of its own: this one is forked, and must have no threads."""
+    code = f"from tests.flows.commands import *; write_project(Path({str(folder)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
 if __name__ == "__main__":

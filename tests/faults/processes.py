@@ -6,8 +6,10 @@
 Workers are forked, so that one whose parent has torch pays nothing to start; they end with it.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -17,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from infra.cluster import Share
+from infra.cluster.transfer import arrived
 from infra.cluster.worker import TrialFunction, Worker
 from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
-from infra.sources import sha256_of
 from infra.specs import ClusterSpec
 
 PARALLEL = 2  # so that results return out of order
@@ -86,10 +88,10 @@ class Processes:
 
     def fetch(self, result: TrialResult, destination: Path) -> None:
         partial = destination.with_name(f".{destination.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.move(result.checkpoint, partial)
-        for name, digest in result.checkpoint_sha256.items():
-            assert sha256_of(partial / name) == digest
+        if not arrived(result, partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.move(result.checkpoint, partial)
+            assert arrived(result, partial)
         partial.rename(destination)
 
     def stop_workers(self) -> None:
@@ -98,6 +100,10 @@ class Processes:
 
 def _work(orders: Connection) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for file in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:  # the lock, too
+        if file > 2 and file != orders.fileno():
+            with contextlib.suppress(OSError):
+                os.close(file)
     worker = Worker(threads=1)
     while True:
         kind, function, args = orders.recv()

@@ -230,6 +230,23 @@ def test_fetch_from_either_node(cluster: Cluster, tmp_path: Path) -> None:
         assert [path.name for path in best.parent.iterdir()] == ["best"]
 
 
+def test_fetch_takes_what_a_killed_driver_had_already_moved(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Else its trial would be run again, and its file written anew."""
+    (tmp_path / ".best.partial").mkdir()
+    (tmp_path / ".best.partial" / "config.json").write_text("{}")
+    moved = TrialResult(
+        spec=trial(0, "ok"),
+        state="complete",
+        node=cluster.describe()["nodes"][0]["node"],
+        checkpoint=str(tmp_path / "none"),
+        checkpoint_sha256={"config.json": hashlib.sha256(b"{}").hexdigest()},
+    )
+    cluster.fetch(moved, tmp_path / "best")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
 def test_fetch_refuses_what_is_damaged_or_gone(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "outbox").mkdir()
     (tmp_path / "outbox" / "config.json").write_text("{]")
