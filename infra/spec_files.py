@@ -33,7 +33,7 @@ def load_spec(
         raise UserError(f"{path} is a folder, not a spec{saved}") from None
     except OSError as error:
         raise UserError(f"cannot read spec {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
     apply_overrides(raw, overrides or [])
     run = raw.setdefault("run", {})

@@ -224,7 +224,12 @@ class ClusterSpec(Frozen):
     gpus_per_trial: float = Field(-1, description="-1: one where there are any")
     cpus_per_trial: float = Field(-1, description="-1: decided from the machine")
     parallel: int = Field(0, ge=0, description="trials at once; 0: as many as fit")
-    trial_timeout_s: float = Field(0, ge=0, description="0: none")
+    trial_timeout_s: float = Field(
+        0,
+        ge=0,
+        description="a trial that takes longer fails; 0: one that takes 10 times the median of "
+        "those like it, and a minute, is begun again",
+    )
 
 
 class TrackingSpec(Frozen):

@@ -124,7 +124,7 @@ class RunStore:
         path = directory / "spec.toml"
         try:
             spec = parse_spec(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # not TOML, or not UTF-8
             raise UserError(f"{path} cannot be read: {error}") from error
         return cls(directory, spec, header, -1)
 
@@ -325,7 +325,7 @@ def _read_header(directory: Path) -> dict[str, Any]:
 
 def _repair(directory: Path) -> None:
     """Remove what a killed writer left: temporary files, and the torn last line of events."""
-    for folder in (directory, directory / "waves", directory / "trials"):
+    for folder in (directory, *(directory / name for name in ("waves", "trials", "best"))):
         for left in folder.glob(f"{TEMP_PREFIX}*"):
             if left.is_dir():
                 shutil.rmtree(left)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
 from infra import environment
 from infra.cluster.dispatch import BACKOFF_S, MAX_LOST, dispatch
@@ -115,10 +115,11 @@ class Cluster:
         """Run trials, `parallel` at a time, and yield each result as it returns.
 
         A trial never raises: it fails with its cause, after these retries: its worker or node is
-        lost, again, at most 3 dispatches; CUDA is out of memory, once with half the batch; the
-        host is out of memory, once with nothing beside it. `specs` is read as workers come free;
-        a None in it says that there is nothing now, and is asked again after the next result.
-        Leaving the iterator early stops the trials in flight.
+        lost, or it takes 10 times as long as those like it, again, at most 3 dispatches; CUDA is
+        out of memory, once with half the batch; the host is out of memory, once with nothing
+        beside it. `specs` is read as workers come free; a None in it says that there is nothing
+        now, and is asked again after the next result. Leaving the iterator early stops the trials
+        in flight.
         """
         return dispatch(self._pool, function, specs, self._timeout_s)
 
@@ -194,10 +195,13 @@ def _init(address: str, options: dict[str, Any]) -> None:
             with _own_signal_handlers():
                 ray.init(logging_level=logging.ERROR, **options)
             return
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
             reason = first_line(error)
-            if "AuthenticationError" in str(error.__cause__):
-                reason = "it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+            if "AuthenticationError" in f"{type(error)} {error.__cause__}":
+                reason = (
+                    "its token is missing here, or another one: set RAY_AUTH_MODE=token and "
+                    "RAY_AUTH_TOKEN_PATH to a file that holds it"
+                )
             raise UserError(f"cannot use Ray at {address}: {reason}") from error
         except Exception as error:
             if type(error) is not Exception:  # Ray's own, of a node that does not start in 30 s

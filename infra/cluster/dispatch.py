@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
+from infra.cluster.deadlines import Deadlines
 from infra.cluster.pool import Pool, Slot
 from infra.cluster.worker import TrialFunction, describe_error, failed, first_line
 from infra.records import TrialResult, TrialSpec
@@ -32,6 +33,7 @@ class Trial:
     batch_divisor: int = 1
     alone: bool = False  # the host was out of memory
     not_before: float = 0.0
+    begun: float = 0.0
     deadline: float = math.inf
 
 
@@ -45,6 +47,7 @@ def dispatch(
     source = iter(specs)
     waiting: deque[Trial] = deque()
     busy: Busy = {}
+    deadlines = Deadlines(timeout_s)
     pool.drop_dead_workers()
     try:
         while True:
@@ -54,7 +57,9 @@ def dispatch(
                 waiting.append(Trial(spec))
             if not waiting and not busy:
                 return
-            _send(pool, function, waiting, busy, limit, timeout_s or math.inf)
+            _send(pool, function, waiting, busy, limit)
+            for _, trial in busy.values():
+                trial.deadline = trial.begun + deadlines.limit_s(trial.spec)
             for ref in _wait(pool, waiting, busy):
                 slot, trial = busy.pop(ref)
                 slot.busy = False
@@ -62,6 +67,8 @@ def dispatch(
                 if result is None:
                     waiting.appendleft(trial)
                 else:
+                    if result.state == "complete":
+                        deadlines.note(trial.spec, time.monotonic() - trial.begun)
                     yield result.model_copy(update={"attempts": trial.attempts})
     finally:
         for slot, _ in busy.values():
@@ -74,7 +81,6 @@ def _send(
     waiting: deque[Trial],
     busy: Busy,
     limit: int,
-    timeout_s: float,
 ) -> None:
     """Give waiting trials to idle workers, and start workers for the others."""
     now = time.monotonic()
@@ -91,7 +97,7 @@ def _send(
                 pool.stop(other)
         waiting.remove(trial)
         trial.attempts += 1
-        trial.deadline = now + timeout_s
+        trial.begun = now
         slot.busy = True
         # Only a started worker is sent a trial, so the time it waits for room does not count.
         ref = slot.actor.trial.remote(function, trial.spec, trial.batch_divisor, slot.node)
@@ -126,7 +132,9 @@ def _collect(
     """The result of a dispatch; None where the trial is to be dispatched again."""
     if not ray.wait([ref], timeout=0)[0]:
         pool.stop(slot)
-        return failed(trial.spec, f"TimeoutError: not done in trial_timeout_s={timeout_s:g}")
+        if timeout_s:
+            return failed(trial.spec, f"TimeoutError: not done in trial_timeout_s={timeout_s:g}")
+        return _again(trial, f"hung for {trial.deadline - trial.begun:.0f} s")
     try:
         kind, result = ray.get(ref)
     except OutOfMemoryError as error:
@@ -140,11 +148,7 @@ def _collect(
     except RayError as error:
         pool.stop(slot)
         pool.drop_dead_workers()
-        trial.lost += 1
-        if trial.lost == MAX_LOST:
-            return failed(trial.spec, f"lost {MAX_LOST} times: {type(error).__name__}")
-        trial.not_before = time.monotonic() + BACKOFF_S * trial.lost
-        return None
+        return _again(trial, type(error).__name__)
     if kind == "broken":
         pool.stop(slot)
     if kind == "cuda-out-of-memory" and trial.batch_divisor == 1:
@@ -152,3 +156,12 @@ def _collect(
         return None
     answer: TrialResult = result
     return answer
+
+
+def _again(trial: Trial, cause: str) -> TrialResult | None:
+    """The trial was lost with its worker; a failure when that happens for the last time."""
+    trial.lost += 1
+    if trial.lost == MAX_LOST:
+        return failed(trial.spec, f"lost {MAX_LOST} times: {cause}")
+    trial.not_before = time.monotonic() + BACKOFF_S * trial.lost
+    return None

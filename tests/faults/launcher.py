@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,26 +64,13 @@ class Launcher:
                     cwd=ROOT, env=os.environ | given, stdout=output, stderr=errors,
                     start_new_session=True,
                 ).pid  # fmt: skip
-        if pid := os.fork():
-            return pid
-        try:
-            os.setsid()
+        from tests.faults import child
+
+        def command() -> None:
             os.environ.update(given)
-            for number, file in ((1, self.folder / "output.txt"), (2, self.errors)):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            from tests.faults import child
-
             child.main(arguments)
-        except SystemExit as end:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(int(end.code or 0))
-        except BaseException:  # noqa: BLE001  as an interpreter prints it
-            import traceback
 
-            traceback.print_exc()
-            sys.stderr.flush()
-        os._exit(1)
+        return fork(command, self.folder / "output.txt", self.errors)
 
     def wait(self, pid: int, seconds: float = LONGEST_S) -> Ended:
         """Until it ends or stops itself; one that is late is killed."""
@@ -103,6 +92,25 @@ class Launcher:
     def run(self, run: Path, **environment: str) -> Ended:
         """The whole command."""
         return self.wait(self.start(run, **environment))
+
+
+def fork(command: Callable[[], None], output: Path, errors: Path) -> int:
+    """A process that runs a command, as the leader of its group, with its output in files."""
+    if pid := os.fork():
+        return pid
+    try:
+        os.setsid()
+        for number, file in ((1, output), (2, errors)):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+        command()
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(end.code or 0))
+    except BaseException:  # noqa: BLE001  as an interpreter prints it
+        traceback.print_exc()
+        sys.stderr.flush()
+    os._exit(1)
 
 
 def write_tiny_project(folder: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.cluster import Share
+from infra.cluster.resources import check_address
 from infra.cluster.transfer import arrived
 from infra.cluster.worker import TrialFunction, Worker
 from infra.errors import UserError
@@ -31,7 +32,9 @@ _PR_SET_PDEATHSIG = 1
 
 @contextmanager
 def connect(spec: ClusterSpec) -> Iterator["Processes"]:
-    """Workers of this process."""
+    """Workers of this process; an address is only checked."""
+    if spec.address:
+        check_address(spec.address)
     cluster = Processes()
     try:
         yield cluster

@@ -156,6 +156,16 @@ def test_hung_trial_is_stopped_at_its_deadline(address: str, cluster: Cluster) -
     assert time.monotonic() - started < 5
 
 
+def test_worker_that_hangs_is_replaced_by_the_median_of_the_others(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "pid"
+    monkeypatch.setattr("infra.cluster.deadlines.SHORTEST_S", 1.0)
+    results = run(cluster, *[f"pid:{file}"] * 5)  # the first of them to run sleeps for a minute
+    assert [result.state for result in results] == ["complete"] * 5
+    assert {result.attempts for result in results} == {1, 2}
+
+
 def test_specs_are_asked_for_as_workers_come_free(cluster: Cluster) -> None:
     asked: list[int] = []
 
