@@ -243,7 +243,7 @@ class TrackingSpec(Frozen):
 class RunSpec(Frozen):
     """Where results are written."""
 
-    dir: str = Field("", description="empty: runs/<name of the spec file>")
+    dir: str = Field("", pattern=r"^[^\x00]*$", description="empty: runs/<name of the spec file>")
 
 
 class Spec(Frozen):

@@ -81,9 +81,9 @@ class RunStore:
         """
         directory = Path(spec.run.dir)
         header: dict[str, Any] = {"version": VERSION, "id": uuid.uuid4().hex}
-        if directory.exists() and not (directory / "run.json").exists():
-            _refuse_foreign(directory)
         with _writing(directory):
+            if directory.exists() and not (directory / "run.json").exists():
+                _refuse_foreign(directory)
             for folder in ("waves", "trials"):
                 (directory / folder).mkdir(parents=True, exist_ok=True)
         lock, holder = _acquire(directory)
@@ -309,7 +309,7 @@ def _read_header(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory} is not a run directory{hint}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): choose another run.dir") from error
     version = header.get("version") if isinstance(header, dict) else None
     if version != VERSION:

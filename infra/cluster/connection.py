@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -192,7 +193,7 @@ def _init(address: str, options: dict[str, Any]) -> None:
     """`ray.init`, twice where a busy machine took too long; raises UserError where it cannot."""
     for again in (True, False):
         try:
-            with _own_signal_handlers():
+            with _own_signal_handlers(), _silence():
                 ray.init(logging_level=logging.ERROR, **options)
             return
         except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
@@ -223,3 +224,17 @@ def _own_signal_handlers() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             for number, handler in kept.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Ray's library prints a line for each attempt without a token; the exception says it all."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -1,4 +1,4 @@
-"""The command line with a fault in it: the process kills or stops itself at a given point.
+"""The command line with a fault in it: the process signals itself at a given point.
 
     FAULT=kill:17 python -m tests.faults.child search tiny.toml run.dir=run
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}
+SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP, "term": signal.SIGTERM}
 
 
 def main(arguments: list[str]) -> None:

@@ -1,11 +1,12 @@
 """Give every damaged or hostile input to the command line, from one warm process.
 
-    python -m tests.faults.hostile [WORDS OF A CASE]
+    python -m tests.faults.hostile [--step N] [WORDS OF A CASE]
 
 Each must be refused on one line with exit code 2, within LONGEST_S, with no code of it executed and
 nothing written outside the run directory. The last line is JSON: how many inputs and violations.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -23,8 +24,13 @@ LONGEST_S = 5.0
 SAMPLE = ROOT / "tests" / "data" / "run_version_1"
 
 
-def main(words: list[str]) -> int:
-    """Run the cases whose name has the words."""
+def main() -> int:
+    """Run the cases whose name has the words, or every so many."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--step", type=int, default=1)
+    parser.add_argument("words", nargs="*")
+    options = parser.parse_args()
+    words = options.words
     import flows.check
     import flows.evaluate
     import flows.search
@@ -47,7 +53,8 @@ def main(words: list[str]) -> int:
         if path.is_file():
             moved = path.read_text().replace("/home/user/tiny", str(folder / "sandbox"))
             path.write_text(moved.replace(str(clean), str(folder / "sandbox")))
-    cases = {name: case for name, case in CASES.items() if all(word in name for word in words)}
+    names = [name for name in CASES if all(word in name for word in words)][:: options.step]
+    cases = {name: CASES[name] for name in names}
     wrong: dict[str, list[str]] = {}
     slowest = 0.0
     for name, case in cases.items():
@@ -119,4 +126,4 @@ def _contents(sandbox: Path) -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

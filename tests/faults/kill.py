@@ -1,4 +1,4 @@
-"""Kill, hang or spoil a real search at every point or at random moments, and run it again.
+"""Kill, stop, hang or spoil a real search at every point or at random moments; run it again.
 
     python -m tests.faults.kill --points events --cluster processes
     python -m tests.faults.kill --points chain --cluster ray
@@ -32,12 +32,16 @@ from infra.provenance import provenance
 from tests.faults.invariants import Trials, ended_as, read_trials, told_twice, within
 from tests.faults.launcher import Launcher, write_tiny_project
 
+STOPPED = "sparseramp: stopped; the same command goes on where it left off"
+
 
 class Harness:
     """One kind of disturbance of one search; `undisturbed` is what it is compared with."""
 
     def __init__(self, launcher: Launcher, fault: str, seed: int) -> None:
         self.launcher, self.fault, self.seed = launcher, fault, seed
+        self.until = math.inf  # a chain ends then
+        self.done: list[str] = []  # points of earlier chains
         self.undisturbed = launcher.folder / "undisturbed"
         points = launcher.folder / "points.txt"
         ended = launcher.run(self.undisturbed, FAULT_POINTS=str(points))
@@ -46,12 +50,13 @@ class Harness:
         started = time.monotonic()  # once more, with all that is shared in its place
         ended = launcher.run(launcher.folder / "again")
         self.seconds = time.monotonic() - started
-        assert not ended_as(self.undisturbed, launcher.folder / "again"), "the search has chance"
+        chance = ended_as(self.undisturbed, launcher.folder / "again")
+        assert ended.code == 0 and not chance, (ended, chance)
 
     def at_point(self, index: int) -> dict[str, Any]:
         """The fault at one point of a run, and what was wrong afterwards."""
         run = self.launcher.folder / f"point{index}"
-        fault = "hang" if self.fault == "hang" else "kill"
+        fault = "kill" if self.fault == "corrupt" else self.fault
         pid = self.launcher.start(run, FAULT=f"{fault}:{index + 1}")
         ended = self.launcher.wait(pid)
         kept = read_trials(run)
@@ -61,6 +66,9 @@ class Harness:
                 wrong.append(f"the point was not reached: {ended}")
             else:
                 wrong += self._hung(run, pid, index)
+        elif fault == "term":
+            if ended.code != 130 or ended.errors.splitlines()[-1:] != [STOPPED]:
+                wrong.append(f"it did not stop: {ended}")
         elif ended.code != -signal.SIGKILL:
             wrong.append(f"the point was not reached: {ended}")
         what = ""
@@ -105,20 +113,22 @@ class Harness:
         """Kill a run at its first point, its successor at the next, and so on to the end."""
         run = self.launcher.folder / f"chain{index}"
         points = self.launcher.folder / f"chain{index}.txt"
-        points.touch()
+        points.write_text("".join(f"{label}\n".replace(" run/", f" {run}/") for label in self.done))
         kept: Trials = {}
         wrong: list[str] = []
-        while True:
+        while time.monotonic() < self.until:
             ended = self.launcher.run(run, FAULT="kill:new", FAULT_POINTS=str(points))
             if ended.code != -signal.SIGKILL:
+                if ended.code != 0:
+                    wrong.append(f"it ended so: {ended}")
                 break
             now = read_trials(run)
             wrong += [f"{points.read_text().splitlines()[-1]}: {one}" for one in within(kept, now)]
             kept = now
-        if ended.code != 0:
-            wrong.append(f"it ended so: {ended}")
         wrong += self._ends(run, kept)
-        labels = [line.replace(str(run), "run") for line in points.read_text().splitlines()]
+        labels = [line.replace(f"{run}", "run") for line in points.read_text().splitlines()]
+        labels = labels[len(self.done) :]
+        self.done += labels
         return {"points": len(labels), "at": labels, "violations": wrong}
 
     def _hung(self, run: Path, pid: int, index: int) -> list[str]:
@@ -195,7 +205,7 @@ def main() -> int:
     """Do what is left, print both counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--points", choices=["events", "chain", "random"], default="events")
-    parser.add_argument("--fault", choices=["kill", "hang", "corrupt"], default="kill")
+    parser.add_argument("--fault", choices=["kill", "term", "hang", "corrupt"], default="kill")
     parser.add_argument("--cluster", choices=["ray", "processes"], default="processes")
     parser.add_argument("--count", type=int, default=0, help="points in all; 0: every event")
     parser.add_argument("--step", type=int, default=1, help="every so many points of an event")
@@ -219,17 +229,23 @@ def main() -> int:
         measure = {
             "events": harness.at_point, "chain": harness.in_turn, "random": harness.at_random
         }[options.points]  # fmt: skip
+        harness.until = started + options.seconds
+        earlier = _known(options.results, key).values()
+        if options.points == "chain":
+            harness.done = [label for line in earlier for label in line["at"]]
         index = -options.step
         while time.monotonic() - started < options.seconds:
             index += options.step
             done = _known(options.results, key)
             if options.count and sum(line["points"] for line in done.values()) >= options.count:
                 break
-            if index >= {"events": len(harness.points), "chain": 1}.get(options.points, math.inf):
+            if options.points == "events" and index >= len(harness.points):
                 break
             if index in done:
                 continue
             record = key | {"index": index} | measure(index)
+            if options.points == "chain" and not record["points"]:  # all were in earlier ones
+                break
             record |= {"commit": provenance()["commit"]}
             with options.results.open("a") as file:
                 file.write(json.dumps(record) + "\n")

@@ -86,7 +86,8 @@ class Processes:
         answer = worker.recv()
         if isinstance(answer, UserError):
             raise answer
-        assert not answer[2], answer[2]
+        if answer[2]:
+            raise UserError(f"{function.__name__} failed: {answer[2]}")
         return answer[1]
 
     def fetch(self, result: TrialResult, destination: Path) -> None:
