@@ -70,7 +70,7 @@ class Network:
         self.token = folder / "token"
         self.token.write_text(secrets.token_hex(32))
         self.started: list[subprocess.Popen[bytes]] = []
-        for side, address in (("a", "192.0.2.1"), ("b", "192.0.2.2")):
+        for side in "ab":
             self.ip("netns", "add", self.name + side)
         self.ip(
             "link", "add", "name", "up0", "netns", f"{self.name}a", "type", "veth",
