@@ -31,14 +31,13 @@ def main() -> int:
     parser.add_argument("words", nargs="*")
     options = parser.parse_args()
     words = options.words
-    import flows.check
     import flows.evaluate
     import flows.search
     import modalities.language  # noqa: F401
     import tasks.trial  # noqa: F401
     from tests.faults.processes import connect
 
-    flows.search.connect = flows.evaluate.connect = connect  # type: ignore[attr-defined, assignment]
+    flows.search.connect = connect  # type: ignore[attr-defined, assignment]
     folder = Path(tempfile.mkdtemp(prefix="ramp-hostile-"))
     clean = folder / "clean"
     clean.mkdir()
