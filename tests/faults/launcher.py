@@ -43,9 +43,11 @@ class Launcher:
             import sqlalchemy  # noqa: F401
             import tqdm
             import transformers
+            from transformers.generation import continuous_batching  # noqa: F401
+            from transformers.models.llama import modeling_llama  # noqa: F401
 
+            import flows.report
             import flows.search  # noqa: F401
-            import tasks.trial  # noqa: F401
 
             transformers.logging.set_verbosity_error()
             # Its own is shared by forked processes, and stays locked when one of them is killed.
