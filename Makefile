@@ -10,11 +10,11 @@ PACKAGES := flows tasks modalities infra
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-all lint lock clean
+.PHONY: help .venv demo test test-faults test-all lint lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 .venv: $(INSTALLED) ## install the locked dependencies and this checkout (about 7 GB with CUDA)
 
@@ -32,6 +32,20 @@ demo: $(INSTALLED) ## search SmolLM2-135M for its best slope and write a report
 
 test: $(INSTALLED) ## the fast tests
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+# Results add up in runs/faults.jsonl: each call does what is left of a seed's points in its time.
+SEED ?= 0
+KILL = $(BIN)/python -m tests.faults.kill --seed $(SEED)
+test-faults: $(INSTALLED) ## kill, hang and spoil whole searches, at most 40 minutes (SEED=1: others)
+	$(BIN)/python -m tests.faults.hostile
+	$(KILL) --seconds 400
+	$(KILL) --points random --count 450 --seconds 400
+	$(KILL) --fault term --step 9 --seconds 60
+	$(KILL) --fault hang --step 9 --seconds 60
+	$(KILL) --fault corrupt --step 3 --seconds 120
+	$(KILL) --cluster ray --points chain --seconds 500
+	$(KILL) --cluster ray --points random --count 50 --seconds 300
+	$(BIN)/python -m pytest -m slow tests/faults tests/infra/test_services.py $(PYTEST_ARGS)
 
 test-all: $(INSTALLED) ## all tests, those on real models and GPUs included
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from infra import environment
-from infra.errors import UserError
+from infra.errors import UserError, one_line
 
 OVERRIDES = "section.key=value, say prune.sparsity=0.7 run.dir=runs/seventy"
 
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         environment.guard()
         options.command(options)
     except UserError as error:
-        print(f"sparseramp: {error}", file=sys.stderr)
+        print(f"sparseramp: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         runs = options.name in ("search", "prune", "compare", "study")

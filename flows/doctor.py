@@ -47,18 +47,23 @@ def doctor(address: str = "") -> dict[str, Any]:
 
 
 def show(address: str = "", *, as_json: bool = False) -> None:
-    """Print it as a table, or as one line of JSON."""
+    """Print it as a table, or as one line of JSON.
+
+    Raises UserError afterwards where a cluster is named and cannot be used, for scripts to stop.
+    """
     found = doctor(address)
     if as_json:
         print(json.dumps(found))
-        return
-    from rich.console import Console
-    from rich.table import Table
+    else:
+        from rich.console import Console
+        from rich.table import Table
 
-    table = Table(show_header=False, box=None)
-    for name, text in _rows(found):
-        table.add_row(name, text)
-    Console(highlight=False, markup=False).print(table)
+        table = Table(show_header=False, box=None)
+        for name, text in _rows(found):
+            table.add_row(name, text)
+        Console(highlight=False, markup=False).print(table)
+    if found["cluster"] and "error" in found["cluster"]:
+        raise UserError(found["cluster"]["error"])
 
 
 def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -84,7 +89,7 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if cluster is None:
         yield "cluster", "this machine (no cluster.address and no RAY_ADDRESS)"
     elif "error" in cluster:
-        yield "cluster", cluster["error"]
+        yield "cluster", f"{cluster['address']}: cannot be used"
     else:
         yield (
             "cluster",

@@ -153,7 +153,7 @@ def _saved(facts: Path) -> dict[str, Any]:
         return sections | {"model": model | {"towers": saved.get("towers", [])}}
     except OSError as error:
         raise UserError(f"{facts} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{facts} is damaged ({type(error).__name__}: {error}): restore it, or remove it and "
             "add data.source=... to the command"

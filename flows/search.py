@@ -291,6 +291,7 @@ class Run:
             if saved.state == "failed":
                 cause = f"trial {saved.spec.number} failed, {saved.cause}"
                 break
+            self.store.check_owner()
             try:
                 self.cluster.fetch(saved, best)
                 return

@@ -10,6 +10,7 @@ the first kind present count: parquet, jsonl, csv, json, txt and raw, md.
 import functools
 import glob
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
@@ -229,6 +230,7 @@ def load_table(files: Sequence[Path], source: str) -> Any:
     import datasets  # a second that only tables cost
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it cannot read is told below
     try:
         if files[0].is_dir():
             return datasets.load_from_disk(str(files[0]))

@@ -14,6 +14,18 @@ class UserError(Exception):
     """What is wrong, where, and what to do about it, on one line."""
 
 
+def one_line(error: UserError, longest: int = 800) -> str:
+    """The message for a terminal, whatever the names in it hold: printable, and cut in its middle.
+
+    one_line(UserError("a\\nb: no such file"))   # 'a\\\\nb: no such file'
+    """
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error)
+    )
+    half = (longest - 5) // 2
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, else all of them."""
     names = sorted(known)

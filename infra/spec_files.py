@@ -46,7 +46,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is a folder, not a spec{saved}") from None
     except OSError as error:
         raise UserError(f"cannot read spec {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
 
 

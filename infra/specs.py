@@ -233,7 +233,12 @@ class ClusterSpec(Frozen):
         "!H100, in(H100,H200), !in(H100,H200)",
     )
     parallel: int = Field(0, ge=0, description="trials at once; 0: as many as fit")
-    trial_timeout_s: float = Field(0, ge=0, description="0: none")
+    trial_timeout_s: float = Field(
+        0,
+        ge=0,
+        description="a trial that takes longer fails; 0: one that takes 10 times the median of "
+        "those like it, and a minute, is begun again",
+    )
 
 
 class TrackingSpec(Frozen):
@@ -247,7 +252,7 @@ class TrackingSpec(Frozen):
 class RunSpec(Frozen):
     """Where results are written."""
 
-    dir: str = Field("", description="empty: runs/<name of the spec file>")
+    dir: str = Field("", pattern=r"^[^\x00]*$", description="empty: runs/<name of the spec file>")
 
 
 class Spec(Frozen):

@@ -62,13 +62,15 @@ def write_atomic(path: Path, data: bytes) -> None:
 class RunStore:
     """A run directory, opened for writing by `open` or for reading by `read`."""
 
-    def __init__(self, directory: Path, spec: Spec, header: dict[str, Any], lock: int) -> None:
+    def __init__(
+        self, directory: Path, spec: Spec, header: dict[str, Any], lock: int, holder: bytes = b""
+    ) -> None:
         self.dir = directory
         self.spec = spec
         self.id: str = header["id"]
         self.command: str = header["identity"]["command"]
         self.provenance: dict[str, str] = header["provenance"]
-        self._lock = lock
+        self._lock, self._holder = lock, holder
 
     @classmethod
     def open(cls, spec: Spec, command: str = "search") -> RunStore:
@@ -79,12 +81,12 @@ class RunStore:
         """
         directory = Path(spec.run.dir)
         header: dict[str, Any] = {"version": VERSION, "id": uuid.uuid4().hex}
-        if directory.exists() and not (directory / "run.json").exists():
-            _refuse_foreign(directory)
         with _writing(directory):
+            if directory.exists() and not (directory / "run.json").exists():
+                _refuse_foreign(directory)
             for folder in ("waves", "trials"):
                 (directory / folder).mkdir(parents=True, exist_ok=True)
-        lock = _acquire(directory)
+        lock, holder = _acquire(directory)
         try:
             identity = json.loads(json.dumps(spec.identity() | {"command": command}))
             if resumed := (directory / "run.json").exists():
@@ -110,7 +112,7 @@ class RunStore:
         except BaseException:
             os.close(lock)
             raise
-        store = cls(directory, spec, header, lock)
+        store = cls(directory, spec, header, lock, holder)
         store.event("resumed" if resumed else "created", pid=os.getpid(), **store.provenance)
         return store
 
@@ -122,7 +124,7 @@ class RunStore:
         path = directory / "spec.toml"
         try:
             spec = parse_spec(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # not TOML, or not UTF-8
             raise UserError(f"{path} cannot be read: {error}") from error
         return cls(directory, spec, header, -1)
 
@@ -141,11 +143,21 @@ class RunStore:
         """Let go of the lock; so does the death of the process."""
         if self._lock >= 0:
             os.close(self._lock)
-            self._lock = -1
+        self._lock = -1
 
     def path(self, name: str) -> Path:
         """Where a file of the run stands, say `report.html`."""
         return self.dir / name
+
+    def check_owner(self) -> None:
+        """Raise UserError where another driver has the run: the lock was deleted, or let go of
+        by a file system that did not hear from this machine.
+        """
+        if self._lock < 0:
+            raise RuntimeError(f"{self.dir} was opened for reading")
+        holder = path.read_bytes() if (path := self.dir / "lock").exists() else b""
+        if holder != self._holder:
+            raise UserError(f"{self.dir} was taken over by {_describe(holder.decode())}")
 
     def waves(self) -> list[list[TrialSpec]]:
         """What was proposed, in order."""
@@ -183,7 +195,7 @@ class RunStore:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append a line to events.jsonl."""
-        self._check_owner()
+        self.check_owner()
         path = self.dir / "events.jsonl"
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": kind}
         with _writing(path), path.open("ab", buffering=0) as file:
@@ -199,12 +211,8 @@ class RunStore:
         return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
     def _write(self, name: str, data: bytes) -> None:
-        self._check_owner()
+        self.check_owner()
         write_atomic(self.dir / name, data)
-
-    def _check_owner(self) -> None:
-        if self._lock < 0:
-            raise RuntimeError(f"{self.dir} was opened for reading")
 
     def _numbered(self, folder: str) -> list[Path]:
         return sorted(
@@ -257,8 +265,8 @@ def _refuse_foreign(directory: Path) -> None:
         )
 
 
-def _acquire(directory: Path) -> int:
-    """Lock the run until this process ends, however it ends."""
+def _acquire(directory: Path) -> tuple[int, bytes]:
+    """Lock the run until this process ends, however it ends; also, what the lock then says."""
     path = directory / "lock"
     with _writing(path):
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -271,11 +279,12 @@ def _acquire(directory: Path) -> int:
         except OSError:
             os.close(lock)
             raise
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": now})
+        start = datetime.now(UTC).isoformat(timespec="microseconds")
+        fields = {"host": socket.gethostname(), "pid": os.getpid(), "start": start}
+        mark = json.dumps(fields).encode()
         os.ftruncate(lock, 0)
-        os.write(lock, holder.encode())
-    return lock
+        os.write(lock, mark)
+    return lock, mark
 
 
 def _describe(holder: str) -> str:
@@ -300,7 +309,7 @@ def _read_header(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory} is not a run directory{hint}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): choose another run.dir") from error
     version = header.get("version") if isinstance(header, dict) else None
     if version != VERSION:
@@ -316,7 +325,7 @@ def _read_header(directory: Path) -> dict[str, Any]:
 
 def _repair(directory: Path) -> None:
     """Remove what a killed writer left: temporary files, and the torn last line of events."""
-    for folder in (directory, directory / "waves", directory / "trials"):
+    for folder in (directory, *(directory / name for name in ("waves", "trials", "best"))):
         for left in folder.glob(f"{TEMP_PREFIX}*"):
             if left.is_dir():
                 shutil.rmtree(left)

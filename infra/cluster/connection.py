@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
 from infra import environment
 from infra.cluster.dispatch import BACKOFF_S, MAX_LOST, Job, Source, dispatch
@@ -128,10 +129,11 @@ class Cluster:
         """Run trials, `parallel` at a time, and yield each result as it returns.
 
         A trial never raises: it fails with its cause, after these retries: its worker or node is
-        lost, again, at most 3 dispatches; CUDA is out of memory, once with half the batch; the
-        host is out of memory, once with nothing beside it. `specs` is read as workers come free;
-        a None in it says that there is nothing now, and is asked again after the next result.
-        Leaving the iterator early stops the trials in flight.
+        lost, or it takes 10 times as long as those like it, again, at most 3 dispatches; CUDA is
+        out of memory, once with half the batch; the host is out of memory, once with nothing
+        beside it. `specs` is read as workers come free; a None in it says that there is nothing
+        now, and is asked again after the next result. Leaving the iterator early stops the trials
+        in flight.
         """
         source = iter(specs)
 
@@ -219,13 +221,16 @@ def _init(address: str, options: dict[str, Any]) -> None:
     """`ray.init`, twice where a busy machine took too long; raises UserError where it cannot."""
     for again in (True, False):
         try:
-            with _own_signal_handlers():
+            with _own_signal_handlers(), _silence():
                 ray.init(logging_level=logging.ERROR, **options)
             return
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
             reason = first_line(error)
-            if "AuthenticationError" in str(error.__cause__):
-                reason = "it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+            if "AuthenticationError" in f"{type(error)} {error.__cause__}":
+                reason = (
+                    "its token is missing here, or another one: set RAY_AUTH_MODE=token and "
+                    "RAY_AUTH_TOKEN_PATH to a file that holds it"
+                )
             raise UserError(f"cannot use Ray at {address}: {reason}") from error
         except Exception as error:
             if type(error) is not Exception:  # Ray's own, of a node that does not start in 30 s
@@ -247,3 +252,17 @@ def _own_signal_handlers() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             for number, handler in kept.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Ray's library prints a line for each attempt without a token; the exception says it all."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

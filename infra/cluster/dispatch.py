@@ -14,8 +14,10 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from infra.cluster.deadlines import Deadlines, kind_of
 from infra.cluster.pool import Pool, Slot
 from infra.cluster.resources import Share
 from infra.cluster.worker import TrialFunction, failed
@@ -28,7 +30,7 @@ POLL_S = 2.0
 
 @dataclass(frozen=True)
 class Job:
-    """A trial, what it needs, and after how long it counts as hung (0: never)."""
+    """A trial, what it needs, and after how long it counts as hung (0: see deadlines.py)."""
 
     spec: TrialSpec
     share: Share
@@ -50,12 +52,13 @@ class Trial:
     alone: bool = False  # the host was out of memory
     not_before: float = 0.0
     sent_at: float = 0.0
+    deadline: float = math.inf  # when it counts as hung
     held_s: float = 0.0
 
-    @property
-    def deadline(self) -> float:
-        """When it counts as hung."""
-        return self.sent_at + (self.job.timeout_s or math.inf)
+    @cached_property
+    def kind(self) -> str:
+        """What its duration depends on."""
+        return kind_of(self.job.spec)
 
     def ended(self, result: TrialResult) -> TrialResult:
         """Its result, with what the driver knows of it."""
@@ -72,6 +75,7 @@ def dispatch(pool: Pool, function: TrialFunction, source: Source) -> Iterator[Tr
     """Yield the result of every trial as it returns; see `Cluster.run`."""
     waiting: deque[Trial] = deque()
     busy: Busy = {}
+    deadlines = Deadlines()
     pool.drop_dead_workers()
     try:
         while True:
@@ -84,6 +88,9 @@ def dispatch(pool: Pool, function: TrialFunction, source: Source) -> Iterator[Tr
             _send(pool, function, waiting, busy)
             if not waiting and not busy and not pool.wanted:
                 return
+            for _, trial in busy.values():
+                limit_s = trial.job.timeout_s or deadlines.limit_s(trial.kind)
+                trial.deadline = trial.sent_at + limit_s
             for ref in _wait(pool, waiting, busy):
                 slot, trial = busy.pop(ref)
                 pool.ended(slot)
@@ -93,6 +100,8 @@ def dispatch(pool: Pool, function: TrialFunction, source: Source) -> Iterator[Tr
                     waiting.appendleft(trial)
                     pool.claim(trial.job.share)
                 else:
+                    if result.state == "complete":
+                        deadlines.note(trial.kind, pool.machines.now() - trial.sent_at)
                     yield trial.ended(result)
     finally:
         for slot, _ in busy.values():
@@ -153,7 +162,9 @@ def _collect(pool: Pool, ref: Any, slot: Slot, trial: Trial) -> TrialResult | No
     spec = trial.job.spec
     if not pool.machines.wait([ref], 0.0):
         pool.stop(slot)
-        return failed(spec, f"TimeoutError: not done in trial_timeout_s={trial.job.timeout_s:g}")
+        if limit_s := trial.job.timeout_s:
+            return failed(spec, f"TimeoutError: not done in trial_timeout_s={limit_s:g}")
+        return _again(pool, trial, f"hung for {trial.deadline - trial.sent_at:.0f} s")
     ended = pool.machines.outcome(ref)
     match ended.kind:
         case "unsent":
@@ -167,11 +178,7 @@ def _collect(pool: Pool, ref: Any, slot: Slot, trial: Trial) -> TrialResult | No
         case "lost":
             pool.stop(slot)
             pool.drop_dead_workers()
-            trial.lost += 1
-            if trial.lost == MAX_LOST:
-                return failed(spec, f"lost {MAX_LOST} times: {ended.cause}")
-            trial.not_before = pool.machines.now() + BACKOFF_S * trial.lost
-            return None
+            return _again(pool, trial, ended.cause)
         case "broken":
             pool.stop(slot)
         case "cuda-out-of-memory" if trial.batch_divisor == 1:
@@ -180,3 +187,12 @@ def _collect(pool: Pool, ref: Any, slot: Slot, trial: Trial) -> TrialResult | No
         case _:
             pass
     return ended.result
+
+
+def _again(pool: Pool, trial: Trial, cause: str) -> TrialResult | None:
+    """The trial was lost with its worker; a failure when that happens for the last time."""
+    trial.lost += 1
+    if trial.lost == MAX_LOST:
+        return failed(trial.job.spec, f"lost {MAX_LOST} times: {cause}")
+    trial.not_before = pool.machines.now() + BACKOFF_S * trial.lost
+    return None

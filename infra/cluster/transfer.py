@@ -25,28 +25,18 @@ class LostCheckpointError(OSError):
 
 def fetch(result: TrialResult, destination: Path) -> None:
     """Bring a checkpoint to `destination`; see `Cluster.fetch`."""
-    source = Path(result.checkpoint)
     partial = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     destination.parent.mkdir(parents=True, exist_ok=True)
     own = ray.get_runtime_context().get_node_id()
     node = _node_now(result, own)
-    try:
-        if node == own:
-            shutil.move(source, partial)
-            hashes = {name: sha256_of(partial / name) for name in result.checkpoint_sha256}
-        else:
-            hashes = _pull(result, node, partial)
-    except (RayError, FileNotFoundError) as error:
-        reason = first_line(getattr(error, "cause", error))
-        raise LostCheckpointError(f"{source} on {result.host} is out of reach: {reason}") from error
-    except OSError:  # the disk of the run is full: what is there of the copy fills it
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    if arrived(result, partial):  # its driver was killed before it could rename it
+        hashes = result.checkpoint_sha256
+    else:
+        hashes = _bring(result, node, own, partial)
     for name, sha256 in result.checkpoint_sha256.items():
         if hashes[name] != sha256:
             raise LostCheckpointError(
-                f"{source / name} on {result.host} is not the file that was saved"
+                f"{result.checkpoint}/{name} on {result.host} is not the file that was saved"
             )
     replaced = destination.with_name(f".{destination.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -57,6 +47,32 @@ def fetch(result: TrialResult, destination: Path) -> None:
     if node != own:
         with contextlib.suppress(RayError):  # the node has gone, and with it the folder
             ray.get(_on_node(node, remove_folder).remote(result.checkpoint))
+
+
+def arrived(result: TrialResult, folder: Path) -> bool:
+    """Whether a folder holds all files of a checkpoint as they were saved."""
+    return all(
+        (folder / name).is_file() and sha256_of(folder / name) == sha256
+        for name, sha256 in result.checkpoint_sha256.items()
+    )
+
+
+def _bring(result: TrialResult, node: str, own: str, partial: Path) -> dict[str, str]:
+    """Move or copy a checkpoint to `partial`; returns the SHA-256 of what arrived."""
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if node != own:
+            return _pull(result, node, partial)
+        shutil.move(result.checkpoint, partial)
+        return {name: sha256_of(partial / name) for name in result.checkpoint_sha256}
+    except (RayError, FileNotFoundError) as error:
+        reason = first_line(getattr(error, "cause", error))
+        raise LostCheckpointError(
+            f"{result.checkpoint} on {result.host} is out of reach: {reason}"
+        ) from error
+    except OSError:  # the disk of the run is full: what is there of the copy fills it
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _node_now(result: TrialResult, own: str) -> str:

@@ -1,4 +1,4 @@
-"""`doctor` tells and never fails, whatever is missing.
+"""`doctor` tells, whatever is missing; it fails only where a named cluster cannot be used.
 
 python -m pytest tests/flows/test_doctor.py
 """
@@ -12,6 +12,7 @@ import pytest
 
 from flows.doctor import doctor, show
 from infra import environment
+from infra.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +52,16 @@ def test_a_bare_machine(
     assert "cluster this machine (no cluster.address and no RAY_ADDRESS)" in lines
 
 
-def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
         cluster = doctor()["cluster"]
+        with pytest.raises(UserError, match="no Ray cluster answers"):  # after the table
+            show()
     assert cluster["address"] == address
     assert "no Ray cluster answers" in cluster["error"]
+    assert f"{address}: cannot be used" in capsys.readouterr().out

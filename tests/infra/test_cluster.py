@@ -156,6 +156,16 @@ def test_hung_trial_is_stopped_at_its_deadline(address: str, cluster: Cluster) -
     assert time.monotonic() - started < 5
 
 
+def test_worker_that_hangs_is_replaced_by_the_median_of_the_others(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "pid"
+    monkeypatch.setattr("infra.cluster.deadlines.SHORTEST_S", 1.0)
+    results = run(cluster, *[f"pid:{file}"] * 5)  # the first of them to run sleeps for a minute
+    assert [result.state for result in results] == ["complete"] * 5
+    assert {result.attempts for result in results} == {1, 2}
+
+
 def test_specs_are_asked_for_as_workers_come_free(cluster: Cluster) -> None:
     asked: list[int] = []
 
@@ -228,6 +238,23 @@ def test_fetch_from_either_node(cluster: Cluster, tmp_path: Path) -> None:
         assert {file.name: file.read_bytes() for file in best.iterdir()} == data
         assert not folder.exists()
         assert [path.name for path in best.parent.iterdir()] == ["best"]
+
+
+def test_fetch_takes_what_a_killed_driver_had_already_moved(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Else its trial would be run again, and its file written anew."""
+    (tmp_path / ".best.partial").mkdir()
+    (tmp_path / ".best.partial" / "config.json").write_text("{}")
+    moved = TrialResult(
+        spec=trial(0, "ok"),
+        state="complete",
+        node=cluster.describe()["nodes"][0]["node"],
+        checkpoint=str(tmp_path / "none"),
+        checkpoint_sha256={"config.json": hashlib.sha256(b"{}").hexdigest()},
+    )
+    cluster.fetch(moved, tmp_path / "best")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
 def test_fetch_refuses_what_is_damaged_or_gone(cluster: Cluster, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import pytest
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult
 from infra.spec_files import load_spec
-from infra.specs import Spec
-from infra.store import TEMP_PREFIX, RunStore, write_atomic
+from infra.specs import RunSpec, Spec
+from infra.store import TEMP_PREFIX, VERSION, RunStore, write_atomic
 
 MakeSpec = Callable[..., Spec]
 MakeResult = Callable[..., TrialResult]
@@ -183,6 +183,51 @@ def test_second_driver_is_refused_and_kill_releases(make_spec: MakeSpec, tmp_pat
         finally:
             driver.send_signal(signal.SIGKILL)
     RunStore.open(spec).close()
+
+
+@pytest.mark.parametrize("how", ["deleted", "written"])
+def test_stale_driver_that_lost_its_lock_writes_nothing(
+    make_spec: MakeSpec, make_result: MakeResult, how: str
+) -> None:
+    """As one that was stopped for a night, on a file system that lets go of its locks."""
+    spec = make_spec()
+    stale = RunStore.open(spec)
+    lock = stale.path("lock")
+    if how == "deleted":
+        lock.unlink()
+        owner = RunStore.open(spec)
+    else:  # by a machine that the lock did not reach
+        lock.write_text(json.dumps({"host": "node7", "pid": 12, "start": "2026-01-01T00:00:00Z"}))
+    before = {path: path.read_bytes() for path in stale.dir.rglob("*.json*")}
+    for write in (
+        lambda: stale.write_result(make_result(0)),
+        lambda: stale.write_wave(0, [make_result(0).spec]),
+        lambda: stale.event("trial", number=0),
+    ):
+        with pytest.raises(UserError, match=r"was taken over by pid \d+ on ") as error:
+            write()
+        on_one_line(error)
+    assert {path: path.read_bytes() for path in stale.dir.rglob("*.json*")} == before
+    if how == "deleted":
+        owner.write_result(make_result(0))
+
+
+SAMPLE = Path(__file__).parents[1] / "data" / f"run_version_{VERSION}"
+
+
+def test_run_of_this_version_opens(tmp_path: Path) -> None:
+    """A sample was kept when the version was new: a change that cannot read it needs another."""
+    kept = json.loads((SAMPLE / "report.json").read_text())
+    run = Path(shutil.copytree(SAMPLE, tmp_path / "run"))
+    with RunStore.open(RunStore.read(run).spec.model_copy(update={"run": RunSpec(dir=str(run))})):
+        pass  # the spec means what it meant, or it would be another one
+    store = RunStore.read(run)
+    model = store.model()
+    assert model is not None and len(model.blocks) == 3
+    assert [spec.number for wave in store.waves() for spec in wave] == list(range(12))
+    losses = {number: result.loss for number, result in store.results().items()}
+    assert losses == pytest.approx({each["number"]: each["loss"] for each in kept["trials"]})
+    assert [event["event"] for event in store.events()][-2:] == ["finished", "resumed"]
 
 
 def test_kill_at_any_moment_loses_and_tears_nothing(
