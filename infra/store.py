@@ -119,9 +119,8 @@ class RunStore:
     @classmethod
     def read(cls, directory: str | Path) -> RunStore:
         """Look at a run, whether or not it is going on."""
-        directory = Path(directory)
+        directory, path = Path(directory), Path(directory, "spec.toml")
         header = _read_header(directory)
-        path = directory / "spec.toml"
         try:
             spec = parse_spec(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
         except (OSError, ValueError, RecursionError) as error:  # not TOML, or not UTF-8
@@ -150,9 +149,7 @@ class RunStore:
         return self.dir / name
 
     def check_owner(self) -> None:
-        """Raise UserError where another driver has the run: the lock was deleted, or let go of
-        by a file system that did not hear from this machine.
-        """
+        """Raise UserError where another driver has the run, as when its lock was deleted."""
         if self._lock < 0:
             raise RuntimeError(f"{self.dir} was opened for reading")
         holder = path.read_bytes() if (path := self.dir / "lock").exists() else b""
@@ -161,7 +158,10 @@ class RunStore:
 
     def waves(self) -> list[list[TrialSpec]]:
         """What was proposed, in order."""
-        return [self._parse(path, _WAVE) for path in self._numbered("waves")]
+        paths = self._numbered("waves")
+        if paths and int(paths[-1].stem) >= len(paths):  # the next one would take its number
+            raise UserError(f"{self.dir}/waves has a gap: restore what is missing, or delete all")
+        return [self._parse(path, _WAVE) for path in paths]
 
     def write_wave(self, index: int, specs: Sequence[TrialSpec]) -> None:
         """Write down a wave's candidates; do so before its first trial starts."""

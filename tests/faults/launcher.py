@@ -46,8 +46,9 @@ class Launcher:
             from transformers.generation import continuous_batching  # noqa: F401
             from transformers.models.llama import modeling_llama  # noqa: F401
 
-            import flows.report
             import flows.search  # noqa: F401
+            import tasks.sweep
+            import tasks.trial  # noqa: F401
 
             transformers.logging.set_verbosity_error()
             # Its own is shared by forked processes, and stays locked when one of them is killed.

@@ -163,6 +163,16 @@ def test_damaged_trial_is_named(make_spec: MakeSpec, make_result: MakeResult) ->
     on_one_line(error)
 
 
+def test_missing_wave_is_noticed(make_spec: MakeSpec, make_result: MakeResult) -> None:
+    with RunStore.open(make_spec()) as store:
+        for index in range(3):
+            store.write_wave(index, [make_result(index).spec])
+        store.path("waves/0001.json").unlink()
+        with pytest.raises(UserError, match="waves has a gap") as error:
+            store.waves()
+        on_one_line(error)
+
+
 def test_second_driver_is_refused_and_kill_releases(make_spec: MakeSpec, tmp_path: Path) -> None:
     spec = make_spec()
     RunStore.open(spec).close()
