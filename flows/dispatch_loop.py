@@ -98,7 +98,10 @@ class Order:
 IN_TURN = Order(lambda entry, now: 0.0)
 # Loading a model takes about as long as the head start that it gives.
 FAIR = Order(
-    lambda entry, now: entry.booked_at(now) / entry.priority, warm_s=60.0, num_open=64, holds=True
+    lambda entry, now: entry.booked_at(now) / entry.priority,
+    warm_s=60.0,
+    num_open=64,
+    holds=True,
 )
 
 
