@@ -55,10 +55,8 @@ class BitmaskLinear(EncodedLinear):
         return self._rows(0, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: ... x in, of the weight's type; returns ... x out. TypeError for others."""
-        if x.dtype != self.dtype:
-            raise TypeError(f"inputs of {x.dtype} for a weight of {self.dtype}")
-        rows = x.reshape(-1, self.in_features)
+        """x: ... x in, of the weight's type; returns ... x out. Raises as `rows_of` does."""
+        rows = self.rows_of(x, self.get_buffer("stream"), self.dtype)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         num_tokens = rows.shape[0]

@@ -2,8 +2,7 @@
 
     python -m pytest tests/tasks/test_engines.py
 
-Every kernel that the processor has instructions for is tried. The AVX-512 ones have so far been
-compiled and read, and run nowhere.
+Every kernel that the processor has instructions for is tried.
 """
 
 import copy
@@ -124,8 +123,29 @@ def test_bytes_and_state() -> None:
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.weight, weight)
     assert layer(torch.zeros(0, 1024, dtype=torch.bfloat16)).shape == (0, 512)
-    with pytest.raises(TypeError, match=r"float32 for a weight of torch\.bfloat16"):
-        layer(torch.zeros(1, 1024))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(1, 1024), TypeError, r"float32 on cpu for a weight of torch\.bfloat16"),
+        (torch.zeros(1, 1024, dtype=torch.bfloat16, device="meta"), TypeError, "inputs .* on meta"),
+        (torch.zeros(2, 2048, dtype=torch.bfloat16), ValueError, r"\(2, 2048\) for 1024 columns"),
+        (torch.zeros((), dtype=torch.bfloat16), ValueError, r"\(\) for 1024 columns"),
+    ],
+)
+def test_kernels_are_given_what_they_take(x: Tensor, error: type[Exception], message: str) -> None:
+    layer = ENGINES["bitmask"].encode(torch.zeros(16, 1024, dtype=torch.bfloat16), None)
+    with pytest.raises(error, match=message):
+        layer(x)
+
+
+def test_a_bias_of_another_type_is_refused() -> None:
+    layer = ENGINES["bitmask"].encode(torch.eye(8), torch.ones(8)).bfloat16()  # not the stream
+    with pytest.raises(TypeError, match=r"a bias of torch\.bfloat16"):
+        layer(torch.zeros(1, 8))
+    layer = ENGINES["bitmask"].encode(torch.eye(8), torch.ones(1).expand(8))
+    assert torch.equal(layer(torch.eye(8)), torch.eye(8) + 1)
 
 
 def test_what_torch_cannot_hold_is_copied_and_saved_by_its_dense_weight() -> None:
