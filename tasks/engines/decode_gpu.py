@@ -4,10 +4,11 @@ layer = ENGINES["deltas"].encode(weight, bias)  # out x in, bf16 or fp16; called
 layer.encoded_bytes / weight.nbytes  # 0.40 at 70 % zeros and 4096 columns
 
 Format. The nonzeros of a row, in the order of their columns, are cut into `parts` runs of one
-length. A run belongs to a lane, which is a thread: its first column (16 bits, 32 beyond 32768 columns), then for each
-nonzero the 4-bit step from the column before and the 16-bit value: 2.5 bytes. A step of more than
-15 goes by way of fillers, zeros 15 columns on. Rows are sorted by their number of nonzeros; `rows`
-of them form a group, whose lanes are as long as its longest row needs, rounded up to a pair.
+length. A run belongs to a lane, which is a thread: its first column (16 bits, 32 in matrices of
+more than 32768 columns), then for each nonzero the 4-bit step from the column before and the 16-bit
+value: 2.5 bytes. A step of more than 15 goes by way of fillers, zeros 15 columns on. Rows are
+sorted by their number of nonzeros; `rows` of them form a group, whose lanes are as long as its
+longest row needs, rounded up to a pair.
 Lanes are interleaved so that a warp reads 128 bytes at once: for each 8 entries a word of steps,
 then four words of two values; words past the end of the lanes are left out.
 

@@ -7,10 +7,12 @@ Every kernel that the processor has instructions for is tried.
 
 import copy
 import subprocess
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -148,6 +150,31 @@ def test_a_bias_of_another_type_is_refused() -> None:
     assert torch.equal(layer(torch.eye(8)), torch.eye(8) + 1)
 
 
+def test_a_bias_does_not_keep_the_file_it_was_mapped_from() -> None:
+    bias = torch.ones(1000)[:8]
+    layer = ENGINES["bitmask"].encode(torch.eye(8), bias)
+    assert layer.bias is not None
+    assert layer.bias.untyped_storage().nbytes() == bias.nbytes
+
+
+def test_dense_weights_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))).requires_grad_(False)
+    for linear in model:
+        linear.weight *= torch.eye(8)
+    dense = [weakref.ref(linear) for linear in model]
+    alive = []
+    encode = bitmask.Bitmask.encode
+
+    def note(*given: Any) -> EncodedLinear:
+        alive.append(sum(each() is not None for each in dense))
+        return encode(*given)
+
+    monkeypatch.setattr(bitmask.Bitmask, "encode", note)
+    del linear
+    convert(model, "bitmask")
+    assert alive == [5, 4, 3, 2, 1]
+
+
 def test_what_torch_cannot_hold_is_copied_and_saved_by_its_dense_weight() -> None:
     weight = sparse(48, 80, 0.7, torch.float32)
     layer = ENGINES["onednn"].encode(weight, torch.ones(48))
@@ -233,9 +260,12 @@ def test_without_a_compiler_all_stays_dense(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(bitmask, "_kernels", build.native_library.__wrapped__)
     reason = ENGINES["bitmask"].refusal(CPU, torch.float32)
     assert reason == "no C++ compiler on the PATH (no-such-compiler)"
-    model = nn.Sequential(nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    tried = mock.Mock(side_effect=build.native_library.__wrapped__)
+    monkeypatch.setattr(bitmask, "_kernels", tried)
     with pytest.raises(UserError, match=r"no C\+\+ compiler"):
         convert(model, "bitmask")
+    assert tried.call_count == 1  # a build that fails takes seconds
     assert type(model[0]) is nn.Linear
 
 
