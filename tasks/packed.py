@@ -146,8 +146,8 @@ def load_packed(folder: Path | str) -> Any:
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'} is not a JSON object")
     opened = _of_timm if "architecture" in config else _of_transformers
-    state = {name: _tensor(tensor, data) for name, tensor, data in packed.tensors()}
     try:
+        state = {name: _tensor(tensor, data) for name, tensor, data in packed.tensors()}
         return opened(folder, state)
     except _UNLOADABLE as error:
         raise UserError(f"cannot load {folder}: {_line(error)}") from error

@@ -10,6 +10,7 @@ and then model(...) or model.generate(...) as usual.
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,10 @@ def convert(model: nn.Module, engine: str, *, use: Use = "decode") -> list[Speed
     }
     uses = Counter(id(held) for _, held in model.named_parameters(remove_duplicate=False))
     heads = {id(head) for head in _heads(model)}
+    refusal = cache(ENGINES[engine].refusal)  # a build that fails takes seconds each time
     records, refusals = [], []
-    for name, module in layers.items():
+    for name in list(layers):
+        module = layers.pop(name)  # what is replaced is freed at once
         matrix: Tensor = module.weight.detach()
         weight = matrix.T if isinstance(module, Conv1D) else matrix
         sparsity = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
@@ -58,7 +61,7 @@ def convert(model: nn.Module, engine: str, *, use: Use = "decode") -> list[Speed
         elif uses[id(module.weight)] > 1:
             reason = "its weight is used elsewhere too"
         else:
-            reason = chosen.refusal(weight.device, weight.dtype) or chosen.misfit(weight)
+            reason = refusal(weight.device, weight.dtype) or chosen.misfit(weight)
             refusals.append(reason)
             if not reason and sparsity < (least := chosen.break_even(weight.dtype, use)):
                 reason = f"fewer than {least:.0%} zeros, from which {engine} gains in {use}"

@@ -41,7 +41,9 @@ class EncodedLinear(nn.Module, ABC):
         super().__init__()
         self.out_features, self.in_features = shape
         self.bias: Tensor | None
-        self.register_buffer("bias", None if bias is None else bias.detach())
+        # A copy: one number of a mapped file keeps all of the file.
+        own = None if bias is None else bias.detach().clone(memory_format=torch.contiguous_format)
+        self.register_buffer("bias", own)
 
     @property
     @abstractmethod
@@ -52,6 +54,22 @@ class EncodedLinear(nn.Module, ABC):
     def encoded_bytes(self) -> int:
         """Bytes that the matrix takes in memory, without the bias."""
         return sum(held.nbytes for name, held in self.named_buffers() if name != "bias")
+
+    def rows_of(self, x: Tensor, held: Tensor, dtype: torch.dtype) -> Tensor:
+        """x, ... x in, as tokens x in, for kernels that check nothing.
+
+        Raises ValueError for a wrong number of inputs, TypeError where x or the bias is not of
+        the weight's dtype or not on the device of `held`, a buffer of the weight.
+        """
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"inputs of shape {tuple(x.shape)} for {self.in_features} columns")
+        for what, tensor in (("inputs", x), ("a bias", self.bias)):
+            if tensor is not None and (tensor.dtype, tensor.device) != (dtype, held.device):
+                raise TypeError(
+                    f"{what} of {tensor.dtype} on {tensor.device} for a weight of {dtype} on "
+                    f"{held.device}"
+                )
+        return x.reshape(-1, self.in_features)
 
     def extra_repr(self) -> str:
         """As nn.Linear's, with the bytes."""
@@ -119,7 +137,7 @@ class Engine(ABC):
 
     @abstractmethod
     def encode(self, weight: Tensor, bias: Tensor | None) -> EncodedLinear:
-        """The module that computes x @ weight.T + bias. weight: out x in; not changed, not kept."""
+        """The module that computes x @ weight.T + bias. weight: out x in; not changed."""
 
 
 def lacks_ampere(name: str, device: torch.device) -> str:

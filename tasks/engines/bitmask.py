@@ -22,12 +22,11 @@ from torch import Tensor
 from infra.errors import UserError
 from tasks.engines.base import EncodedLinear, Engine, Use
 from tasks.engines.build import BuildError, native_library
+from tasks.engines.dense import OneDNN
 
 ISAS = ("portable", "avx2", "avx512")  # as numbered in native/bitmask.cpp
 DECODE_TOKENS = 8  # up to here weights are spread along the columns; above, zeros are skipped
-_ROWS = (
-    512  # expanded at a time for a dense kernel: a matrix of 4096 columns then stays in the cache
-)
+_ROWS = 512  # expanded at a time for a dense kernel: 4096 columns of them stay in the cache
 _SMALL = 1 << 16  # weights below which waking a thread costs more than it brings
 
 
@@ -55,10 +54,8 @@ class BitmaskLinear(EncodedLinear):
         return self._rows(0, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: ... x in, of the weight's type; returns ... x out. TypeError for others."""
-        if x.dtype != self.dtype:
-            raise TypeError(f"inputs of {x.dtype} for a weight of {self.dtype}")
-        rows = x.reshape(-1, self.in_features)
+        """x: ... x in, of the weight's type; returns ... x out. Raises as `rows_of` does."""
+        rows = self.rows_of(x, self.get_buffer("stream"), self.dtype)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         num_tokens = rows.shape[0]
@@ -115,7 +112,7 @@ class BitmaskLinear(EncodedLinear):
 
 def _skips_from(dtype: torch.dtype, num_tokens: int) -> float:
     """The sparsity from which skipping zeros beats a dense kernel on the expanded matrix."""
-    if dtype == torch.float32 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if dtype == torch.float32 or OneDNN().lacks(torch.device("cpu"), dtype):
         return 0.0
     if torch.cpu._is_amx_tile_supported():
         return 1.0  # tiles multiply 16 times as fast as vectors
@@ -137,9 +134,9 @@ class Bitmask(Engine):
         return ""
 
     def break_even(self, dtype: torch.dtype, use: Use) -> float:
-        """By tests/bench/engines.py on Zen 3 (AVX2) and Sapphire Rapids (AVX-512)."""
+        """By tests/bench/engines.py on Zen 3 (AVX2) and, from 0.5 on, Sapphire Rapids (AVX-512)."""
         if use == "prefill":
-            return max(0.40, _skips_from(dtype, 256))
+            return 0.50 if dtype == torch.float32 else max(0.40, _skips_from(dtype, 256))
         return 0.50 if dtype == torch.float32 and ISAS[_isa()] != "avx512" else 0.40
 
     def encode(self, weight: Tensor, bias: Tensor | None) -> EncodedLinear:

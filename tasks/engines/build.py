@@ -22,9 +22,9 @@ from filelock import FileLock
 
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
-_AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt"]
+_AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
 _AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi2")]
-# Files that need instructions which only some processors have; used where the processor has them.
+# Files that need instructions which only some processors have: sparseramp_best_isa looks for them.
 FLAGS_OF = {"avx2.cpp": _AVX2, "avx512.cpp": [*_AVX2, *_AVX512]}
 
 

@@ -4,10 +4,11 @@ layer = ENGINES["deltas"].encode(weight, bias)  # out x in, bf16 or fp16; called
 layer.encoded_bytes / weight.nbytes  # 0.40 at 70 % zeros and 4096 columns
 
 Format. The nonzeros of a row, in the order of their columns, are cut into `parts` runs of one
-length. A run belongs to a lane, which is a thread: its first column (16 bits), then for each
-nonzero the 4-bit step from the column before and the 16-bit value: 2.5 bytes. A step of more than
-15 goes by way of fillers, zeros 15 columns on. Rows are sorted by their number of nonzeros; `rows`
-of them form a group, whose lanes are as long as its longest row needs, rounded up to a pair.
+length. A run belongs to a lane, which is a thread: its first column (16 bits, 32 in matrices of
+more than 32768 columns), then for each nonzero the 4-bit step from the column before and the 16-bit
+value: 2.5 bytes. A step of more than 15 goes by way of fillers, zeros 15 columns on. Rows are
+sorted by their number of nonzeros; `rows` of them form a group, whose lanes are as long as its
+longest row needs, rounded up to a pair.
 Lanes are interleaved so that a warp reads 128 bytes at once: for each 8 entries a word of steps,
 then four words of two values; words past the end of the lanes are left out.
 
@@ -38,7 +39,7 @@ FEW_ROWS = 8192  # up to here in groups of half of that, so that every multiproc
 COLUMNS_PER_PART = 128
 MAX_PARTS = 32
 MAX_TOKENS = 64  # in passes of 8; above, cuBLAS on the expanded weight takes less time
-BREAK_EVEN = 0.5  # there 1.4 to 1.6 times as fast as cuBLAS on an H200; not measured below
+BREAK_EVEN = 0.5  # there 1.3 to 1.5 times cuBLAS with a token, 0.9 to 1.2 with four; H200
 
 
 class DeltaLinear(EncodedLinear):
@@ -71,10 +72,8 @@ class DeltaLinear(EncodedLinear):
         return expand(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: ... x in, of the weight's dtype; returns ... x out."""
-        if x.dtype != self.dtype:
-            raise TypeError(f"inputs are {x.dtype}, the weight is {self.dtype}")
-        inputs = x.reshape(-1, self.in_features).contiguous()
+        """x: ... x in, of the weight's dtype; returns ... x out. Raises as `rows_of` does."""
+        inputs = self.rows_of(x, self.stream, self.dtype).contiguous()
         if not 0 < len(inputs) <= MAX_TOKENS:
             return F.linear(x, self.weight, self.bias)
         from tasks.engines.decode_kernels import multiply

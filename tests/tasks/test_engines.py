@@ -2,16 +2,17 @@
 
     python -m pytest tests/tasks/test_engines.py
 
-Every kernel that the processor has instructions for is tried. The AVX-512 ones have so far been
-compiled and read, and run nowhere.
+Every kernel that the processor has instructions for is tried.
 """
 
 import copy
 import subprocess
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -124,8 +125,54 @@ def test_bytes_and_state() -> None:
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.weight, weight)
     assert layer(torch.zeros(0, 1024, dtype=torch.bfloat16)).shape == (0, 512)
-    with pytest.raises(TypeError, match=r"float32 for a weight of torch\.bfloat16"):
-        layer(torch.zeros(1, 1024))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(1, 1024), TypeError, r"float32 on cpu for a weight of torch\.bfloat16"),
+        (torch.zeros(1, 1024, dtype=torch.bfloat16, device="meta"), TypeError, "inputs .* on meta"),
+        (torch.zeros(2, 2048, dtype=torch.bfloat16), ValueError, r"\(2, 2048\) for 1024 columns"),
+        (torch.zeros((), dtype=torch.bfloat16), ValueError, r"\(\) for 1024 columns"),
+    ],
+)
+def test_kernels_are_given_what_they_take(x: Tensor, error: type[Exception], message: str) -> None:
+    layer = ENGINES["bitmask"].encode(torch.zeros(16, 1024, dtype=torch.bfloat16), None)
+    with pytest.raises(error, match=message):
+        layer(x)
+
+
+def test_a_bias_of_another_type_is_refused() -> None:
+    layer = ENGINES["bitmask"].encode(torch.eye(8), torch.ones(8)).bfloat16()  # not the stream
+    with pytest.raises(TypeError, match=r"a bias of torch\.bfloat16"):
+        layer(torch.zeros(1, 8))
+    layer = ENGINES["bitmask"].encode(torch.eye(8), torch.ones(1).expand(8))
+    assert torch.equal(layer(torch.eye(8)), torch.eye(8) + 1)
+
+
+def test_a_bias_does_not_keep_the_file_it_was_mapped_from() -> None:
+    bias = torch.ones(1000)[:8]
+    layer = ENGINES["bitmask"].encode(torch.eye(8), bias)
+    assert layer.bias is not None
+    assert layer.bias.untyped_storage().nbytes() == bias.nbytes
+
+
+def test_dense_weights_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))).requires_grad_(False)
+    for linear in model:
+        linear.weight *= torch.eye(8)
+    dense = [weakref.ref(linear) for linear in model]
+    alive = []
+    encode = bitmask.Bitmask.encode
+
+    def note(*given: Any) -> EncodedLinear:
+        alive.append(sum(each() is not None for each in dense))
+        return encode(*given)
+
+    monkeypatch.setattr(bitmask.Bitmask, "encode", note)
+    del linear
+    convert(model, "bitmask")
+    assert alive == [5, 4, 3, 2, 1]
 
 
 def test_what_torch_cannot_hold_is_copied_and_saved_by_its_dense_weight() -> None:
@@ -213,9 +260,12 @@ def test_without_a_compiler_all_stays_dense(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(bitmask, "_kernels", build.native_library.__wrapped__)
     reason = ENGINES["bitmask"].refusal(CPU, torch.float32)
     assert reason == "no C++ compiler on the PATH (no-such-compiler)"
-    model = nn.Sequential(nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    tried = mock.Mock(side_effect=build.native_library.__wrapped__)
+    monkeypatch.setattr(bitmask, "_kernels", tried)
     with pytest.raises(UserError, match=r"no C\+\+ compiler"):
         convert(model, "bitmask")
+    assert tried.call_count == 1  # a build that fails takes seconds
     assert type(model[0]) is nn.Linear
 
 

@@ -1,6 +1,6 @@
 // The C interface of the bitmask engine: encode a matrix, multiply by it, expand it again.
 //
-//   g++ -O3 -fPIC -shared -fopenmp ...  (tasks/engines/build.py)
+//   g++ -O2 -fPIC -shared -fopenmp ...  (tasks/engines/build.py)
 #include "matrix.h"
 #if defined(_OPENMP)
 #include <omp.h>
@@ -148,17 +148,19 @@ bool run(int isa, int decode_tokens, const Matrix& matrix, const void* x, int64_
 #pragma GCC visibility push(default)
 extern "C" {
 
-// The best instruction set of this processor that the kernels know.
+// The best instruction set that the kernels know and of which this processor has all that the
+// compiler was allowed (FLAGS_OF in build.py).
 int sparseramp_best_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                    __builtin_cpu_supports("popcnt");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vbmi2"))
     return AVX512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt"))
-    return AVX2;
+  if (avx2) return AVX2;
 #endif
   return PORTABLE;
 }
