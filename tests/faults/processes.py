@@ -1,4 +1,4 @@
-"""A cluster of plain processes, with what the dispatch loop asks of one; see infra/cluster.
+"""A cluster of plain processes: the real pool and dispatch loop over forked workers.
 
     with connect(ClusterSpec()) as cluster:
         list(cluster.dispatch(run_trial, source))
@@ -12,15 +12,19 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from infra.cluster import Node, Outcome, Pool, Share, Source, dispatch
-from infra.cluster.resources import check_address
+from infra.cluster import Share
+from infra.cluster.dispatch import Source, dispatch
+from infra.cluster.pool import Outcome, Pool
+from infra.cluster.resources import Node, check_address
 from infra.cluster.transfer import arrived
 from infra.cluster.worker import TrialFunction, Worker
 from infra.errors import UserError
@@ -28,6 +32,7 @@ from infra.records import TrialResult, TrialSpec
 from infra.specs import ClusterSpec
 
 PARALLEL = 2  # so that results return out of order
+HERE = "here"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,32 +41,118 @@ def connect(spec: ClusterSpec) -> Iterator["Processes"]:
     """Workers of this process; an address is only checked."""
     if spec.address:
         check_address(spec.address)
-    cluster = Processes()
+    cluster = Processes(spec)
     try:
         yield cluster
     finally:
-        cluster.machines.stop_all()
+        for process in cluster.machines.processes:
+            process.stop()
+
+
+class Process:
+    """One worker."""
+
+    def __init__(self) -> None:
+        fork = multiprocessing.get_context("fork")
+        self.pipe, theirs = fork.Pipe()
+        self.process = fork.Process(target=_work, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def stop(self) -> None:
+        self.process.kill()
+
+
+@dataclass(eq=False)
+class Reference:
+    """What is waited for: that a worker has started, or its answer."""
+
+    process: Process
+    started: bool = False
+
+
+class ProcessMachines:
+    """This machine, with room for two workers; see infra.cluster.pool.Machines."""
+
+    def __init__(self) -> None:
+        self.processes = [Process() for _ in range(PARALLEL)]  # before there are any threads
+        self.unused = list(self.processes)
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def nodes(self) -> list[Node]:
+        host = socket.gethostname()
+        return [Node(node=HERE, host=host, cpus=PARALLEL, gpus=0, memory_bytes=2**40)]
+
+    def grows(self) -> bool:
+        return False
+
+    def start(self, share: Share, node: str) -> Process:
+        if not self.unused:
+            self.unused.append(Process())
+            self.processes += self.unused
+        return self.unused.pop()
+
+    def ready(self, worker: Process) -> Reference:
+        return Reference(worker, started=True)
+
+    def started(self, reference: Reference) -> tuple[str, str]:
+        return HERE, ""
+
+    def send(
+        self, worker: Process, function: TrialFunction, spec: TrialSpec, divisor: int, node: str
+    ) -> Reference:
+        worker.pipe.send(("trial", function, (spec, divisor, node)))
+        return Reference(worker)
+
+    def wait(self, references: Sequence[Reference], timeout_s: float) -> list[Reference]:
+        if started := [each for each in references if each.started]:
+            return started
+        pipes = {each.process.pipe: each for each in references}
+        return [pipes[pipe] for pipe in connection.wait(list(pipes), timeout_s) if pipe in pipes]  # type: ignore[index, operator]
+
+    def outcome(self, reference: Reference) -> Outcome:
+        try:
+            kind, result = reference.process.pipe.recv()
+        except (EOFError, ConnectionError) as error:
+            return Outcome("lost", cause=type(error).__name__)
+        return Outcome(kind, result)
+
+    def dead(self, workers: Sequence[Process]) -> list[Process]:
+        return [worker for worker in workers if not worker.process.is_alive()]
+
+    def stop(self, worker: Process) -> None:
+        worker.stop()
 
 
 class Processes:
-    """Two workers, which stay warm; the real loop and pool send them their trials."""
+    """What a flow asks of a cluster; see infra.cluster.Cluster."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: ClusterSpec) -> None:
         self.machines = ProcessMachines()
-        self._pool = Pool(self.machines, ClusterSpec(parallel=PARALLEL))
-        self.share, self.now = self._pool.share, self.machines.now
+        self.pool = Pool(self.machines, spec.model_copy(update={"cpus_per_trial": 1}))
+        self.share, self.parallel = self.pool.share, PARALLEL
+
+    def share_of(self, spec: ClusterSpec) -> Share:
+        return self.pool.share_of(spec)
+
+    def holds(self, share: Share) -> bool:
+        return True
+
+    def now(self) -> float:
+        return self.machines.now()
 
     def describe(self) -> dict[str, Any]:
         return {"address": "processes", "nodes": [], "parallel": PARALLEL}
 
     def dispatch(self, function: TrialFunction, source: Source) -> Iterator[TrialResult]:
-        return dispatch(self._pool, function, source)
+        return dispatch(self.pool, function, source)
 
-    def call(self, function: Callable[..., Any], *args: object) -> Any:
-        worker = self.machines.start(self.share, "")
-        worker.orders.send(("call", function, args))
-        answer = worker.orders.recv()
-        self.machines.stop(worker)
+    def call(self, function: Callable[..., Any], *args: object, share: Share | None = None) -> Any:
+        worker = self.pool.any(share or self.share).worker
+        worker.pipe.send(("call", function, args))
+        answer = worker.pipe.recv()
         if isinstance(answer, UserError):
             raise answer
         if answer[2]:
@@ -77,81 +168,10 @@ class Processes:
         partial.rename(destination)
 
     def stop_workers(self) -> None:
-        """They hold nothing."""
+        self.pool.stop_all()
 
 
-class ProcessWorker:
-    """A forked process and the pipe to it."""
-
-    def __init__(self) -> None:
-        fork = multiprocessing.get_context("fork")
-        self.orders, theirs = fork.Pipe()
-        self.process = fork.Process(target=_work, args=(theirs,), daemon=True)
-        self.process.start()
-
-
-class ProcessMachines:
-    """This machine, with as many processors as there are workers; see infra.cluster.pool.Machines."""
-
-    def __init__(self) -> None:
-        self.workers: list[ProcessWorker] = []
-
-    def now(self) -> float:
-        return time.monotonic()
-
-    def nodes(self) -> list[Node]:
-        return [Node(node="here", host="here", cpus=PARALLEL, gpus=0, memory_bytes=0)]
-
-    def grows(self) -> bool:
-        return False
-
-    def start(self, share: Share, node: str) -> ProcessWorker:
-        self.workers.append(ProcessWorker())
-        return self.workers[-1]
-
-    def ready(self, worker: ProcessWorker) -> Any:
-        return ("ready", worker)
-
-    def started(self, reference: Any) -> tuple[str, str]:
-        return "here", ""
-
-    def send(
-        self,
-        worker: ProcessWorker,
-        function: TrialFunction,
-        spec: TrialSpec,
-        batch_divisor: int,
-        node: str,
-    ) -> Any:
-        worker.orders.send(("trial", function, (spec, batch_divisor)))
-        return ("trial", worker)
-
-    def wait(self, references: Sequence[Any], timeout_s: float) -> list[Any]:
-        ready = [each for each in references if each[0] == "ready"]
-        out = {each[1].orders: each for each in references if each[0] == "trial"}
-        done = wait(list(out), 0 if ready else min(timeout_s, 3600.0))
-        return ready + [out[orders] for orders in done if isinstance(orders, Connection)]
-
-    def outcome(self, reference: Any) -> Outcome:
-        try:
-            kind, result = reference[1].orders.recv()
-        except EOFError:
-            return Outcome("lost", cause="EOFError")
-        return Outcome(kind, result)
-
-    def dead(self, workers: Sequence[Any]) -> list[Any]:
-        return [worker for worker in workers if not worker.process.is_alive()]
-
-    def stop(self, worker: ProcessWorker) -> None:
-        self.workers.remove(worker)
-        worker.process.kill()
-
-    def stop_all(self) -> None:
-        for worker in list(self.workers):
-            self.stop(worker)
-
-
-def _work(orders: Connection) -> None:
+def _work(orders: connection.Connection) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for file in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:  # the lock, too
         if file > 2 and file != orders.fileno():
@@ -162,7 +182,8 @@ def _work(orders: Connection) -> None:
         kind, function, args = orders.recv()
         try:
             if kind == "trial":
-                orders.send(worker.trial(function, *args, node="here"))
+                spec, divisor, node = args
+                orders.send(worker.trial(function, spec, divisor, node))
             else:
                 orders.send(worker.call(function, args, {}))
         except UserError as error:
