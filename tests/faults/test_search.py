@@ -39,6 +39,7 @@ def harness(tmp_path: Path, module: str, *arguments: str) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize(
     ("fault", "step"), [("kill", 23), ("term", 45), ("hang", 45), ("corrupt", 45)]
