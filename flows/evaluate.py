@@ -125,6 +125,8 @@ def spec_of(checkpoint: Path, overrides: list[str], *, needs_data: bool = True) 
     """
     checkpoint_folder(checkpoint)
     raw: dict[str, Any] = {"calibration": NOTHING_PRUNED}
+    if _is_timm(checkpoint / "config.json"):
+        raw["model"] = {"modality": "vision"}
     facts = checkpoint / SPARSITY_FILE
     if facts.is_file():
         raw = _saved(facts)
@@ -141,6 +143,13 @@ def spec_of(checkpoint: Path, overrides: list[str], *, needs_data: bool = True) 
     if "data" not in raw:
         raise UserError(f"{checkpoint} has no {SPARSITY_FILE}: add data.source=... to the command")
     return parse_spec(raw, str(checkpoint))
+
+
+def _is_timm(config: Path) -> bool:
+    try:
+        return "architecture" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whoever loads it says what is wrong
+        return False
 
 
 def _saved(facts: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ def speed(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -> S
     Raises UserError for what is no checkpoint, and for an engine that does not run here.
     """
     spec = spec_of(checkpoint, overrides, needs_data=False)
+    if sys.stderr.isatty():
+        print(f"timing {checkpoint} with nothing beside it: this takes minutes", file=sys.stderr)
     with connect(spec.cluster) as cluster:
         record = measure(cluster, spec, checkpoint)
     if as_json:

@@ -88,6 +88,16 @@ With Sparseramp {report["version"]}, `sparseramp {report["command"]} spec.toml`,
 """
 
 
+def packed_card(card: str) -> str:
+    """The card of a checkpoint, changed to that of its packed copy."""
+    told = (
+        "**The weights are packed**: a bit for every weight, and the values that are not zero.\n\n"
+        "```python\nfrom tasks.packed import load_packed  # in a checkout of Sparseramp\n\n"
+        'model = load_packed("path/to/this/folder")\n```\n\n'
+    )
+    return re.sub(r"\*\*The weights are masked\*\*.*?(?=^## )", told, card, flags=re.S | re.M)
+
+
 def _rates(best: Mapping[str, Any], prune: Mapping[str, Any]) -> str:
     if best["allocation"] not in ("uniform", "arithmetic"):
         return f"{best['label']}, with a mean of {prune['sparsity']:g}."

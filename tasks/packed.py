@@ -33,6 +33,7 @@ from infra.packed import (
     write_safetensors,
 )
 from infra.sources import sha256_of
+from tasks.model_card import packed_card
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,6 +107,9 @@ def pack(folder: Path, destination: Path) -> PackedSizes:
         for file in folder.rglob("*"):
             if file.is_file() and is_carried(name := file.relative_to(folder).as_posix()):
                 copy_file(folder, made, name)
+        card = made / "README.md"
+        if card.is_file():
+            card.write_text(packed_card(card.read_text(encoding="utf-8")), encoding="utf-8")
         names = sorted(f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file())
         # A model card is edited before it is published.
         sha256 = {name: sha256_of(made / name) for name in names if not name.endswith(".md")}

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from infra.spec_files import parse_spec
-from tasks.model_card import model_card
+from tasks.model_card import model_card, packed_card
 
 
 def make_report(source: str = "org/base@main", licence: str = "Apache-2.0") -> dict[str, Any]:
@@ -97,3 +97,12 @@ def test_what_is_not_on_the_hub_is_not_claimed_to_be(source: str) -> None:
 def test_paper_protocol_is_said() -> None:
     assert "paper protocol" not in model_card(make_report())
     assert "selected on this split" in model_card({**make_report(), "protocol": "paper"})
+
+
+def test_the_card_of_a_packed_copy_says_how_to_load_it() -> None:
+    card = "# A\n\n**The weights are masked**: zeros.\n\n```python\nbefore\n```\n\n## How to make\n"
+    packed = packed_card(card)
+    assert "masked" not in packed
+    assert "before" not in packed
+    assert 'load_packed("path/to/this/folder")' in packed
+    assert packed.endswith("\n\n## How to make\n")
