@@ -1,6 +1,6 @@
 """The study: groups of cells that share one cluster fairly, within a budget.
 
-    study(load_study("flows/specs/study_cifar10.toml"))
+    study(load_study("flows/specs/study_smollm2.toml"))
 
 Each cell is a run in a folder of its own, as `compare` makes them. Whichever cell has used the
 least of the cluster for its priority is served next. When the budget is spent, what runs is

@@ -1,6 +1,6 @@
 """Study files: which cells, how much of the cluster each may have, and when to stop.
 
-study = load_study("flows/specs/study_cifar10.toml", ["budget.trials=40"])
+study = load_study("flows/specs/study_smollm2.toml", ["budget.trials=40"])
 study.groups[0].spec.prune.method
 
 [study]

@@ -4,6 +4,9 @@ python -m pytest -m "not slow and not gpu"
 """
 
 import os
+import signal
+import subprocess
+from collections.abc import Iterator
 
 import pytest
 
@@ -27,3 +30,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def driver() -> Iterator[list[subprocess.Popen[str]]]:
+    """Started drivers, each in a process group of its own, which no test outlives."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()

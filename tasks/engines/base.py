@@ -88,6 +88,12 @@ class OpaqueLinear(EncodedLinear):
         super().__init__(weight.shape, bias)
         self.set_extra_state(weight.detach())
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, out x in, made anew at every call."""
+        dense: Tensor = self.opaque.to_dense()
+        return dense
+
     def get_extra_state(self) -> Tensor:
         """The dense weight, as `state_dict` keeps it."""
         return self.weight

@@ -55,12 +55,6 @@ class OneDNNLinear(OpaqueLinear):
         self._bytes = state.nbytes
 
     @property
-    def weight(self) -> Tensor:
-        """The dense weight, out x in, unpacked at every call."""
-        dense: Tensor = self.opaque.to_dense()
-        return dense
-
-    @property
     def encoded_bytes(self) -> int:
         """oneDNN pads to its tiles; the padding is not counted."""
         return self._bytes

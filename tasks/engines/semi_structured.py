@@ -24,12 +24,6 @@ class SemiStructuredLinear(OpaqueLinear):
         self.opaque: SparseSemiStructuredTensor = to_sparse_semi_structured(state.contiguous())
 
     @property
-    def weight(self) -> Tensor:
-        """The dense weight, out x in, multiplied out at every call."""
-        dense: Tensor = self.opaque.to_dense()
-        return dense
-
-    @property
     def encoded_bytes(self) -> int:
         """Values and positions: 0.5625 of the dense bytes."""
         packed = self.opaque.packed

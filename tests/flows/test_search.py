@@ -5,11 +5,9 @@ python -m pytest tests/flows/test_search.py -m "slow or not slow"
 
 import json
 import math
-import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,17 +174,6 @@ def test_a_run_does_not_go_on_with_other_weights(tmp_path: Path, cache: Path) ->
     assert done.returncode == 2
     assert "holds other weights than this run began with" in done.stderr
     assert not trials[-1].exists()
-
-
-@pytest.fixture
-def driver() -> Iterator[list[subprocess.Popen[str]]]:
-    """Started drivers, which no test outlives."""
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
 
 
 @pytest.mark.slow

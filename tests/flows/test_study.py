@@ -5,12 +5,9 @@ python -m pytest tests/flows/test_study.py
 
 import csv
 import json
-import os
-import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,17 +158,6 @@ def test_a_finished_cell_is_not_touched_when_another_is_added(
     stopped = run("stop", folder, cache=cache)
     assert stopped.returncode == 2
     assert stopped.stderr.startswith(f"sparseramp: nobody is at work on {folder}: ")
-
-
-@pytest.fixture
-def driver() -> Iterator[list[subprocess.Popen[str]]]:
-    """Started drivers, which no test outlives."""
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -41,17 +40,6 @@ assert "torch" not in sys.modules
 """
 
 pytestmark = pytest.mark.slow  # each starts and stops Ray
-
-
-@pytest.fixture
-def driver() -> Iterator[list[subprocess.Popen[str]]]:
-    """Started drivers, each in a process group of its own, which no test outlives."""
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def start(driver: list[subprocess.Popen[str]], *arguments: str) -> subprocess.Popen[str]:
