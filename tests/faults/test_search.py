@@ -19,7 +19,7 @@ import pytest
 
 from infra import tracking
 from infra.store import RunStore
-from tests.faults.invariants import ended_as
+from tests.faults.invariants import Trials, ended_as, read_trials, within
 from tests.faults.launcher import OVERRIDES, ROOT, write_tiny_project
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")  # Debian's libfaketime
@@ -164,3 +164,47 @@ def test_clock_that_jumps(project: Path, jump: str) -> None:
     times = [event["time"] for event in store.events()]
     assert times[0][:10] != times[-1][:10]  # it did jump
     assert all(0 < result.cost.total_s < 200 for result in store.results().values())
+
+
+@pytest.fixture
+def small_disk(project: Path) -> Iterator[Path]:
+    """A disk of its own, that only root can mount."""
+    disk = project / "disk"
+    disk.mkdir()
+    try:
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk],
+            check=True, capture_output=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no disk can be mounted here: {error}")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_disk_that_is_full_or_read_only(project: Path, small_disk: Path) -> None:
+    def remount(options: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{options}", small_disk], check=True)
+
+    run, sizes = small_disk / "run", ["64k"]
+    kept: Trials = {}
+    while True:
+        done = search(project, "disk/run")
+        assert not within(kept, kept := read_trials(run))
+        if done.returncode == 0:
+            break
+        line = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and str(small_disk) in line, done.stderr
+        assert "No space left on device" in line, line
+        if len(sizes) == 2:
+            remount("ro")
+            done = search(project, "disk/run")
+            assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+            assert "Read-only file system" in done.stderr
+            remount("rw")
+        sizes.append(f"{int(1.6 * int(sizes[-1][:-1]))}k")
+        remount(f"size={sizes[-1]}")
+    assert not ended_as(project / "undisturbed", run)
+    print(sizes)
