@@ -31,7 +31,7 @@ from flows.plan import (
 from flows.report import Report, write_report
 from flows.stop import stoppable
 from infra import tracking
-from infra.cluster import Cluster, LostCheckpointError, connect
+from infra.cluster import Cluster, LostCheckpointError, connect, damaged
 from infra.documents import data_sha256
 from infra.errors import UserError
 from infra.provenance import provenance
@@ -284,7 +284,14 @@ class Run:
         """Bring the best checkpoint into the run directory, once; a lost one is made again."""
         best = self.store.path("best")
         saved = next((r for r in self.results.values() if r.spec.checkpoint), None)
-        if saved is None or best.exists():
+        if saved is None:
+            return
+        if best.exists():
+            if name := damaged(saved, best):
+                self._problem = (
+                    f"{best / name} is not the file that was saved: move {best} away, and the "
+                    "same command makes it again"
+                )
             return
         cause = ""
         for attempt in (1, 2):

@@ -14,7 +14,7 @@ from infra.cluster.connection import Cluster, connect
 from infra.cluster.dispatch import Job, Source, dispatch
 from infra.cluster.pool import Machines, Outcome, Pool
 from infra.cluster.resources import Node, Share
-from infra.cluster.transfer import LostCheckpointError
+from infra.cluster.transfer import LostCheckpointError, damaged
 from infra.cluster.worker import TrialFunction
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "Source",
     "TrialFunction",
     "connect",
+    "damaged",
     "dispatch",
 ]

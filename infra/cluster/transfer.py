@@ -29,7 +29,7 @@ def fetch(result: TrialResult, destination: Path) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
     own = ray.get_runtime_context().get_node_id()
     node = _node_now(result, own)
-    if arrived(result, partial):  # its driver was killed before it could rename it
+    if not damaged(result, partial):  # its driver was killed before it could rename it
         hashes = result.checkpoint_sha256
     else:
         hashes = _bring(result, node, own, partial)
@@ -49,12 +49,12 @@ def fetch(result: TrialResult, destination: Path) -> None:
             ray.get(_on_node(node, remove_folder).remote(result.checkpoint))
 
 
-def arrived(result: TrialResult, folder: Path) -> bool:
-    """Whether a folder holds all files of a checkpoint as they were saved."""
-    return all(
-        (folder / name).is_file() and sha256_of(folder / name) == sha256
-        for name, sha256 in result.checkpoint_sha256.items()
-    )
+def damaged(result: TrialResult, folder: Path) -> str:
+    """The first file of a checkpoint that is not in a folder as it was saved; empty: all are."""
+    for name, sha256 in result.checkpoint_sha256.items():
+        if not (folder / name).is_file() or sha256_of(folder / name) != sha256:
+            return name
+    return ""
 
 
 def _bring(result: TrialResult, node: str, own: str, partial: Path) -> dict[str, str]:

@@ -54,10 +54,10 @@ class Launcher:
             # Its own is shared by forked processes, and stays locked when one of them is killed.
             tqdm.tqdm.set_lock(threading.RLock())
 
-    def start(self, run: Path, **environment: str) -> int:
+    def start(self, run: Path, *overrides: str, **environment: str) -> int:
         """The process that runs the command."""
         arguments = ["search", str(self.folder / "tiny.toml"), f"run.dir={run}", "--json"]
-        arguments += OVERRIDES
+        arguments += [*OVERRIDES, *overrides]
         given = self.environment | environment
         self.errors = self.folder / "errors.txt"
         if not self.forks:

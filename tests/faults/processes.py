@@ -25,7 +25,7 @@ from infra.cluster import Share
 from infra.cluster.dispatch import Source, dispatch
 from infra.cluster.pool import Outcome, Pool
 from infra.cluster.resources import Node, check_address
-from infra.cluster.transfer import arrived
+from infra.cluster.transfer import damaged
 from infra.cluster.worker import TrialFunction, Worker
 from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
@@ -161,10 +161,10 @@ class Processes:
 
     def fetch(self, result: TrialResult, destination: Path) -> None:
         partial = destination.with_name(f".{destination.name}.partial")
-        if not arrived(result, partial):
+        if damaged(result, partial):
             shutil.rmtree(partial, ignore_errors=True)
             shutil.move(result.checkpoint, partial)
-            assert arrived(result, partial)
+            assert not damaged(result, partial)
         partial.rename(destination)
 
     def stop_workers(self) -> None:

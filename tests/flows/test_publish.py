@@ -4,6 +4,7 @@ python -m pytest tests/flows/test_publish.py
 """
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -120,6 +121,25 @@ def test_a_lost_checkpoint_is_made_again_and_remembered(
     assert store.path("best").is_dir()
     assert store.result(4).checkpoint == "outbox/2"
     assert "checkpoint" in [event["event"] for event in store.events()]
+
+
+def test_a_checkpoint_that_was_damaged_afterwards_is_named_and_left_alone(
+    publish: Callable[..., str], saved: TrialResult, spec: Spec
+) -> None:
+    hashes = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    saved = saved.model_copy(update={"checkpoint_sha256": hashes})
+    best = Path(spec.run.dir) / "best"
+    best.mkdir()
+    weights = best / "model.safetensors"
+    weights.write_bytes(b"weights")
+    assert publish(Nodes([], saved), saved) == ""
+    weights.write_bytes(b"")
+    problem = publish(nodes := Nodes([], saved), saved)
+    assert problem == (
+        f"{weights} is not the file that was saved: move {best} away, and the same command makes "
+        "it again"
+    )
+    assert nodes.trials == 0 and weights.read_bytes() == b""
 
 
 @pytest.mark.parametrize("second", [LOST, FULL])
