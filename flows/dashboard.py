@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 import time
@@ -43,7 +44,7 @@ def dashboard(folder: Path, *, mlflow: bool, port: int, as_json: bool) -> None:
     store = RunStore.read(folder)
     tracked = _tracked(store) if mlflow else store
     if mlflow and uri_of(tracked).startswith("http"):
-        say(uri_of(tracked))
+        say(re.sub(r"//([^/@:]*):[^/@]*@", r"//\1:***@", uri_of(tracked)))  # no password
         return
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a terminal that is closed
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
