@@ -32,8 +32,11 @@ addEventListener("securitypolicyviolation", event => errors.push(event.blockedUR
 addEventListener("load", () => setTimeout(() => {
   const wide = [...document.querySelectorAll("body *")].filter(element =>
     !element.closest(".scroll, pre, svg") && element.getBoundingClientRect().right > innerWidth);
-  const found = {errors, wide: wide.map(element => element.outerHTML.slice(0, 200)),
-    scroll: document.documentElement.scrollWidth, width: innerWidth};
+  if (document.documentElement.scrollWidth > innerWidth) wide.push(document.body);
+  const drawn = plot => plot.querySelector(".scatterlayer .trace, .barlayer .trace");
+  const found = {errors, too_wide: wide.map(element => element.outerHTML.slice(0, 200)),
+    num_plots: [...document.querySelectorAll(".plot")].filter(drawn).length,
+    links: [...document.querySelectorAll("main a[href]")].map(a => a.getAttribute("href"))};
   document.documentElement.dataset.found = JSON.stringify(found);
 }, 500));
 </script>"""
@@ -41,7 +44,7 @@ addEventListener("load", () => setTimeout(() => {
 
 @dataclass(frozen=True)
 class Seen:
-    """What a page made of itself; plots are those that hold points or bars."""
+    """What a page made of itself; plots are those in which something is drawn."""
 
     errors: list[str]
     too_wide: list[str]
@@ -74,8 +77,4 @@ def draw(page: Path, folder: Path, width: int) -> Seen:
             document(page.as_uri(), folder, shot, size, *filter(None, [flag]))
     answer = re.search(r'data-found="([^"]*)"', text)
     assert answer, text[-2000:]
-    found = json.loads(html.unescape(answer[1]))
-    wide = found["wide"] + ["the page"] * (found["scroll"] > found["width"])
-    plots = re.findall(r'<g class="(?:scatterlayer|barlayer) mlayer"><g', text)
-    links = re.findall(r'<a href="([^"]+)"', text)
-    return Seen(found["errors"], wide, len(plots), links)
+    return Seen(**json.loads(html.unescape(answer[1])))
