@@ -35,6 +35,8 @@ addEventListener("load", () => setTimeout(() => {
   if (document.documentElement.scrollWidth > innerWidth) wide.push(document.body);
   const drawn = plot => plot.querySelector(".scatterlayer .trace, .barlayer .trace");
   const found = {errors, too_wide: wide.map(element => element.outerHTML.slice(0, 200)),
+    hidden_px: Math.max(0, ...[...document.querySelectorAll(".scroll")].map(
+      box => box.scrollWidth - box.clientWidth)),
     num_plots: [...document.querySelectorAll(".plot")].filter(drawn).length,
     links: [...document.querySelectorAll("main a[href]")].map(a => a.getAttribute("href"))};
   document.documentElement.dataset.found = JSON.stringify(found);
@@ -44,10 +46,15 @@ addEventListener("load", () => setTimeout(() => {
 
 @dataclass(frozen=True)
 class Seen:
-    """What a page made of itself; plots are those in which something is drawn."""
+    """What a page made of itself.
+
+    `too_wide` leaves the window; `hidden_px` is the most that a table with its own scroll bar
+    hides; plots are those in which something is drawn.
+    """
 
     errors: list[str]
     too_wide: list[str]
+    hidden_px: int
     num_plots: int
     links: list[str]
 
