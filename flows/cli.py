@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     pack = add("pack", _pack, "checkpoint", "store a saved checkpoint without its zeros", False)
     pack.add_argument("destination", nargs="?", metavar="DESTINATION", help="a new folder")
     add("report", _report, "run", "make the report of a run again from its files", False)
+    board = add("dashboard", _dashboard, "run", "show a run in Optuna's dashboard", False)
+    board.add_argument("--mlflow", action="store_true", help="in MLflow instead")
+    board.add_argument("--port", type=int, default=0, help="of 127.0.0.1; else a free one")
     add("doctor", _doctor, "", "show versions, devices, memory and the cluster", False)
     return parser
 
@@ -228,6 +231,12 @@ def _pack(options: argparse.Namespace) -> None:
 
     destination = Path(options.destination) if options.destination else None
     pack_checkpoint(Path(options.checkpoint), destination, as_json=options.json)
+
+
+def _dashboard(options: argparse.Namespace) -> None:
+    from flows.dashboard import dashboard
+
+    dashboard(Path(options.run), mlflow=options.mlflow, port=options.port, as_json=options.json)
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -60,7 +60,7 @@ def write_comparison(folder: Path) -> Comparison:
     write_atomic(store.path("compare.json"), data.encode())
     html = page(
         "compare.html",
-        comparison=comparison,
+        page=comparison,
         columns=columns,
         table=table,
         windows=windows,

@@ -84,7 +84,7 @@ class Leaderboard:
         write_atomic(self.store.path("leaderboard.csv"), _csv(rows).encode())
         html = page(
             "leaderboard.html",
-            board=board,
+            page=board,
             study=self.store.dir.resolve().name,
             words=[_words(row) for row in rows],
             plots=plots,

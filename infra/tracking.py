@@ -4,7 +4,7 @@
 
 The server may be down, slow or absent: files are the truth, what is missing there is pushed when it
 is back, and a run is looked for by its tags before it is created, so that nothing is there twice.
-This is the only module that imports mlflow, and only in that process.
+Only this module imports mlflow, and only in that process.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-POLL_S = 1.0
-SLOWEST_POLL_S = 30.0  # while the server does not answer
+POLL_S, SLOWEST_POLL_S = 1.0, 30.0  # the latter while the server does not answer
 GIVE_UP_S = 60.0  # after the driver has gone and the server does not answer
 TAG_RUN, TAG_TRIAL, TAG_REPORT = "sparseramp.run", "sparseramp.trial", "sparseramp.report"
 _NO_KEY = r"[^\w.\-: /]"  # what MLflow takes in no name, such as the @ of mmlu@5/acc
@@ -77,7 +76,7 @@ def pending(run_dir: str | Path) -> int:
     for run in (RunStore.read(folder) for folder, _ in _runs(store)):
         path = run.path("tracking.json")
         state = json.loads(path.read_bytes()) if path.exists() else {}
-        pushed = state["trials"] if state.get("uri") == _uri(run) else []
+        pushed = state["trials"] if state.get("uri") == uri_of(run) else []
         left += len(set(run.numbers()) - set(pushed))
     return left
 
@@ -98,7 +97,7 @@ class _Mirror:
 
         self.store = store
         with _lock(store.dir.parent / "mlflow.lock"):  # two that make one database break it
-            self.client: MlflowClient = MlflowClient(tracking_uri=_uri(store))
+            self.client: MlflowClient = MlflowClient(tracking_uri=uri_of(store))
         self.experiment = self._experiment()
         self.runs = self._list()
         self.pushed = {
@@ -131,7 +130,7 @@ class _Mirror:
         name = self.store.spec.tracking.experiment
         if found := self.client.get_experiment_by_name(name):
             return str(found.experiment_id)
-        file = _uri(self.store).removeprefix("sqlite:///")  # a server has its own place for them
+        file = uri_of(self.store).removeprefix("sqlite:///")  # a server has its own place for them
         beside = None if "://" in file else str(Path(file).resolve().parent / "mlartifacts")
         try:
             return str(self.client.create_experiment(name, beside))
@@ -257,7 +256,7 @@ class _Mirror:
 
     def _note(self) -> None:
         """For `pending`, which must not wait for a server."""
-        state = json.dumps({"uri": _uri(self.store), "trials": sorted(self.pushed)}).encode()
+        state = json.dumps({"uri": uri_of(self.store), "trials": sorted(self.pushed)}).encode()
         if state != self.noted:
             write_atomic(self.store.path("tracking.json"), state)
             self.noted = state
@@ -316,7 +315,8 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _uri(store: RunStore) -> str:
+def uri_of(store: RunStore) -> str:
+    """Where the copy of a run is."""
     return store.spec.tracking.uri or f"sqlite:///{store.dir.resolve().parent / 'mlflow.db'}"
 
 

@@ -111,7 +111,7 @@ def test_third_party_imports_are_declared() -> None:
     """A library that is only there because another one needs it may go with the next release."""
     declared = {
         re.split(r"[\[<>=!~; ]", text, maxsplit=1)[0].replace("_", "-").lower()
-        for text in PROJECT["dependencies"]
+        for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dashboards"]
     }
     providers = packages_distributions()
     undeclared = set()

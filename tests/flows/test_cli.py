@@ -41,7 +41,8 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "search", "prune", "compare", "check", "evaluate", "pack", "report"]
+    "command",
+    ["", "search", "prune", "compare", "check", "evaluate", "pack", "report", "dashboard"],
 )
 def test_help_imports_nothing_heavy(command: str) -> None:
     done = subprocess.run(

@@ -5,7 +5,6 @@ python -m pytest tests/flows/test_comparison.py
 
 import io
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,8 @@ from flows.compare import _CellView
 from flows.comparison import _table, print_comparison, write_comparison
 from flows.report import write_report
 from infra.store import RunStore
-from tests.flows.test_report import BROWSER, make_model, make_run, make_spec
-
-WIDTH = """<script>
-addEventListener("load", () => document.querySelectorAll(".scroll").forEach(
-  box => box.dataset.hidden = box.scrollWidth - box.clientWidth));
-</script>"""
-
+from tests.browser import draw, needs_browser
+from tests.flows.test_report import make_model, make_run, make_spec
 
 LISTS = {
     "methods": ["magnitude", "sparsegpt"],
@@ -50,17 +44,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium to draw the page with")
+@needs_browser
 @pytest.mark.parametrize("width", [1100, 1300, 1420])
 def test_every_column_is_seen(folder: Path, tmp_path: Path, width: int) -> None:
-    page = tmp_path / "compare.html"
-    page.write_text((folder / "compare.html").read_text().replace("</body>", f"{WIDTH}</body>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}"]
-    flags += [f"--window-size={width},900", "--dump-dom", "--virtual-time-budget=1500"]
-    command = [str(BROWSER), *flags, page.as_uri()]
-    done = subprocess.run(command, capture_output=True, timeout=100, check=True)
-    assert 'data-hidden="0"' in done.stdout.decode()
+    seen = draw(folder / "compare.html", tmp_path, width)
+    assert (seen.errors, seen.too_wide, seen.hidden_px) == ([], [], 0)
+    assert len(seen.links) == 4 and all((folder / link).is_file() for link in seen.links)
 
 
 def test_what_other_lists_have_finished_stays(

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -322,28 +320,3 @@ def test_figures_are_valid_and_hold_the_numbers(report: dict[str, Any]) -> None:
     whole = figures["errors"]["data"][0]["y"]
     assert [math.hypot(made, carried or 0) for made, carried in both] == pytest.approx(whole)
     assert figures["rates"]["data"][1]["y"] == report["best"]["block_rates"]
-
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium to draw the page with")
-def test_browser_draws_every_plot(report: dict[str, Any], tmp_path: Path) -> None:
-    """Set SPARSERAMP_SHOTS to a folder to keep pictures of the page in light and dark."""
-    page = tmp_path / "report.html"
-    page.write_text(render(report), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command = [str(BROWSER), *flags, f"--user-data-dir={tmp_path / 'profile'}"]
-
-    def browse(*extra: str) -> str:
-        run = subprocess.run([*command, *extra, page.as_uri()], capture_output=True, timeout=60)
-        return run.stdout.decode()
-
-    document = browse("--dump-dom", "--virtual-time-budget=1500")
-    assert document.count('class="main-svg"') >= 4
-    assert document.count("scatterlayer") >= 4
-    if shots := os.environ.get("SPARSERAMP_SHOTS"):
-        for name, extra in (("light", ""), ("dark", "--blink-settings=preferredColorScheme=0")):
-            shot = Path(shots) / f"{name}.png"
-            browse(f"--screenshot={shot}", "--window-size=1280,3000", *filter(None, [extra]))

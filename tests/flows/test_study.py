@@ -16,6 +16,7 @@ import pytest
 from infra.errors import UserError
 from infra.spec_files import load_spec
 from infra.study_files import load_study
+from tests.browser import draw, needs_browser
 from tests.flows.commands import run, start, write_project
 from tests.timm_models import write_images, write_timm
 
@@ -125,6 +126,20 @@ def test_the_leaderboard_of_two_modalities(
     assert "Best tilt by family" in page
     told = {(event["cell"], event["number"]) for event in printed if event.get("kind") == "trial"}
     assert {cell for cell, _ in told} <= set(rows)
+
+
+@needs_browser
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("width", [1280, 800])
+def test_the_leaderboard_in_a_browser(
+    finished: tuple[Path, list[dict[str, Any]]], width: int, tmp_path: Path
+) -> None:
+    folder, _ = finished
+    seen = draw(folder / "leaderboard.html", tmp_path, width)
+    assert (seen.errors, seen.too_wide, seen.num_plots) == ([], [], 3)
+    assert seen.hidden_px == 0 or width < 1000
+    assert len(seen.links) == 3
+    assert all((folder / link).is_file() for link in seen.links)
 
 
 @pytest.mark.timeout(300)

@@ -34,7 +34,7 @@ REPORT = {
 
 def runs(store: RunStore) -> dict[str, Run]:
     """What MLflow shows, by the name it shows; fails on a name that is there twice."""
-    client = mlflow.MlflowClient(tracking._uri(store))
+    client = mlflow.MlflowClient(tracking.uri_of(store))
     experiment = client.get_experiment_by_name("sparseramp")
     assert experiment
     found = client.search_runs([experiment.experiment_id])
@@ -87,7 +87,7 @@ def test_search_and_trials_arrive_whole(store: RunStore) -> None:
     assert trial.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert trial.data.tags["device"] == "cpu" and trial.data.tags["stage"] == "search"
     assert found["trial 00002"].data.tags["cause"] == "loss is NaN"
-    client = mlflow.MlflowClient(tracking._uri(store))
+    client = mlflow.MlflowClient(tracking.uri_of(store))
     rates = client.get_metric_history(trial.info.run_id, "block_rate")
     assert [(point.step, point.value) for point in rates] == [(0, 0.55), (1, 0.65)]
     assert parent.data.params["prune.sparsity"] == "0.6"
@@ -122,7 +122,7 @@ def test_what_is_there_is_completed_and_what_is_there_twice_goes(
 ) -> None:
     assert sync(store.dir) == 0
     before = runs(store)
-    client = mlflow.MlflowClient(tracking._uri(store))
+    client = mlflow.MlflowClient(tracking.uri_of(store))
     experiment = before["tiny"].info.experiment_id
     # A slow server: the creation arrived although the client had given up on it, and began anew.
     client.create_run(experiment, tags=before["trial 00001"].data.tags)
@@ -269,7 +269,7 @@ def test_mirror_killed_at_any_moment_leaves_nothing_twice(
     assert len(found) == 41
     statuses = [found[f"trial {n:05d}"].info.status for n in range(40)]
     assert statuses == ["FINISHED", "FINISHED", "FAILED"] + ["FINISHED"] * 37
-    client = mlflow.MlflowClient(tracking._uri(store))
+    client = mlflow.MlflowClient(tracking.uri_of(store))
     experiment = found["tiny"].info.experiment_id
     assert len(client.search_runs([experiment], run_view_type=ViewType.ALL)) == 41  # none deleted
     for run in found.values():

@@ -47,7 +47,7 @@ def test_one_mirror_serves_the_cells_of_a_comparison(
 
 def finished(cell: RunStore) -> list[str]:
     """What MLflow shows of all cells and has ended."""
-    client = mlflow.MlflowClient(tracking._uri(cell))
+    client = mlflow.MlflowClient(tracking.uri_of(cell))
     experiment = client.get_experiment_by_name("sparseramp")
     assert experiment
     found = client.search_runs([experiment.experiment_id])
