@@ -119,7 +119,7 @@ selection_windows = 8
 report_windows = 8
 calibration_seeds = 1
 [search]
-scouts = 4
+scouts = 3
 [cluster]
 cpus_per_trial = 1
 [tracking]
