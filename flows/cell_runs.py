@@ -16,25 +16,19 @@ from functools import partial
 from typing import Any
 
 from flows.cells import Cell
+from flows.descriptions import Descriptions
 from flows.dispatch_loop import IN_TURN, Budget, Entry, Known, Order, drive
 from flows.live import View
 from flows.pins import pin, refuse
-from flows.plan import (
-    Results,
-    final_wave,
-    kinds_of_trial,
-    next_wave,
-    refuse_objective,
-    search_trial,
-)
+from flows.plan import Results, final_wave, next_wave
 from flows.search import Run
-from infra.cluster import Cluster, Share, connect
+from infra.cluster import Cluster, connect
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialSpec
 from infra.specs import ClusterSpec, Spec
 from infra.store import RunStore
-from tasks.allocation import ALLOCATIONS, allocation_named, bounds_of
-from tasks.trial import check_names, describe_model, measure_profile
+from tasks.allocation import bounds_of
+from tasks.trial import check_names
 
 Connect = Callable[[ClusterSpec], AbstractContextManager[Cluster]]
 
@@ -58,8 +52,7 @@ class CellRuns:
         self.used_s: dict[str, float] = {}  # by earlier starts
         self._pins: dict[str, tuple[Any, Any]] = {}  # by source: model and data as they were read
         self._refused: dict[str, UserError] = {}
-        self._models: dict[str, ModelRecord] = {}
-        self._profiles: dict[str, list[float]] = {}
+        self._descriptions = Descriptions()
         self.todo = unfinished(cells)
         for cell in cells if self.todo else []:
             self._look_at(cell)
@@ -110,7 +103,7 @@ class CellRuns:
             problem = f"no node that is there holds {share}: it waits for one to be added"
             self.views(cell).event({"kind": "waiting", "problem": problem})
         return Entry(
-            partial(self._open, cell, share),
+            partial(self._open, cell),
             share,
             priority=cell.priority,
             at_once=cell.spec.cluster.parallel,
@@ -118,7 +111,7 @@ class CellRuns:
             used_s=self.used_s.get(cell.name, 0.0),
         )
 
-    def _open(self, cell: Cell, share: Share) -> Run | None:
+    def _open(self, cell: Cell) -> Run | None:
         view = self.views(cell)
         try:
             store = RunStore.open(cell.spec)
@@ -127,7 +120,7 @@ class CellRuns:
             return None
         model, data = self._pins[cell.spec.model.source]
         pinned = cell.spec.model_copy(update={"model": model, "data": data})
-        return _CellRun(store, pinned, self.cluster, view, _plan, partial(self._describe, share))
+        return _CellRun(store, pinned, self.cluster, view, _plan, self._descriptions)
 
     def _look_at(self, cell: Cell) -> None:
         """Take over what a cell has finished; raises UserError where it belongs to another spec."""
@@ -149,8 +142,7 @@ class CellRuns:
             first = waves[0][0]  # later cells read the revisions that this one read
             self._pins.setdefault(cell.spec.model.source, (first.model, first.data))
             pinned = cell.spec.model_copy(update={"model": first.model, "data": first.data})
-            self._models.setdefault(first.model.source, model)
-            self._profiles.setdefault(_measurement(pinned), model.profile)
+            self._descriptions.note(pinned, model)
 
     def _pin(self, cells: Sequence[Cell]) -> None:
         for cell in cells:
@@ -164,22 +156,6 @@ class CellRuns:
                 self._refused[source] = error
         if cells and not self._pins:
             raise next(iter(self._refused.values()))
-
-    def _describe(self, share: Share, spec: Spec) -> ModelRecord:
-        """The model as one cell found it, with this cell's own measurement."""
-        allocation = allocation_named(spec.prune.allocation)
-        trials, source = kinds_of_trial(spec), spec.model.source
-        if source not in self._models:
-            self._models[source] = self.cluster.call(describe_model, trials, share=share)
-        refuse_objective(spec, self._models[source])
-        measured = _measurement(spec)
-        if allocation.measure is None:
-            self._profiles[measured] = []
-        elif measured not in self._profiles:
-            self._profiles[measured] = self.cluster.call(
-                measure_profile, search_trial(spec, spec.prune, -1), share=share
-            )
-        return self._models[source].model_copy(update={"profile": self._profiles[measured]})
 
 
 class _CellRun(Run):
@@ -214,11 +190,3 @@ def _plan(spec: Spec, model: ModelRecord, results: Results) -> list[TrialSpec]:
     if spec.compare.checkpoints:
         return wave
     return [trial.model_copy(update={"checkpoint": False}) for trial in wave]
-
-
-def _measurement(spec: Spec) -> str:
-    """What decides the measurement of an allocation: the method only where it prunes for it."""
-    allocation = ALLOCATIONS.get(spec.prune.allocation)
-    method = spec.prune.method if allocation is None or allocation.prunes else ""
-    prune = spec.prune.model_copy(update={"method": method})
-    return json.dumps([spec.model.source, prune.model_dump()])

@@ -21,7 +21,7 @@ from flows.cells import Cell, cells_of, earlier_cells
 from flows.figures import RUNG_COLOURS, Figure
 from flows.plan import ladder, measuring_passes, search_trial, token_passes
 from flows.report import page
-from infra.records import TrialResult
+from infra.records import ModelRecord, TrialResult
 from infra.store import RunStore, write_atomic
 from tasks.allocation import NOT_REPRODUCED
 from tasks.model_card import calibrated_on, settings
@@ -160,7 +160,7 @@ def row_of(cell: Cell) -> Row:
     path = store.path("report.json")
     if not path.exists():
         return row | _unfinished(store)
-    report = json.loads(path.read_bytes())
+    report, results = json.loads(path.read_bytes()), list(store.results().values())
     best, gain = report["best"], report["gain"]
     rates = [matrix["rate"] for matrix in best["rates"]]
     return row | {
@@ -175,13 +175,13 @@ def row_of(cell: Cell) -> Row:
         "metrics": best["metrics"],
         "headline": report["headline"],
         "windows": report["windows"],
-        "relative_loss": _relative_loss(store, report),
+        "relative_loss": _relative_loss(results, report),
         "dense": report["dense"] and report["dense"]["metrics"],
         "uniform": report["uniform"]["metrics"],
         "gain": {key: gain[key] for key in ("mean", "stderr", "low", "high", "level", "n", "unit")},
         "n_seeds": gain["n_seeds"],
-        "search_cost": _search_cost(cell, store),
-        "used_s": sum(store.result(number).cost.used_s for number in store.numbers()),
+        "search_cost": _search_cost(cell, store.model(), results),
+        "used_s": sum(result.cost.used_s for result in results),
         **_verdict(cell, report),
     }
 
@@ -217,13 +217,9 @@ def _unfinished(store: RunStore) -> Row:
     return {"state": "refused" if refused else "failed", "cause": last["reason"]}
 
 
-def _relative_loss(store: RunStore, report: dict[str, Any]) -> dict[str, Any] | None:
+def _relative_loss(results: Sequence[TrialResult], report: dict[str, Any]) -> dict[str, Any] | None:
     """Loss of best over loss of dense: the windows' own ratios, weighted by their dense loss."""
-    finals = [
-        store.result(trial["number"])
-        for trial in report["trials"]
-        if trial["stage"] == "final" and trial["state"] == "complete"
-    ]
+    finals = [r for r in results if r.spec.stage == "final" and r.state == "complete"]
     dense = next((result for result in finals if result.dense_losses), None)
     best = [r for r in finals if r.spec.prune.is_uniform == report["best"]["uniform"]]
     if dense is None:
@@ -238,15 +234,14 @@ def _ratios(result: TrialResult, dense: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(result.losses, dense, strict=True)]
 
 
-def _search_cost(cell: Cell, store: RunStore) -> float:
+def _search_cost(cell: Cell, model: ModelRecord | None, results: Sequence[TrialResult]) -> float:
     """Token passes of the search and of what the allocation measures, the final comparison left
     out, over those of one full trial.
 
     Trials that another cell had done count as well, so that allocations can be compared.
     """
     full = token_passes(search_trial(cell.spec, cell.spec.prune, len(ladder(cell.spec)) - 1))
-    passes = (r.cost.token_passes for r in store.results().values() if r.spec.stage == "search")
-    model = store.model()
+    passes = (r.cost.token_passes for r in results if r.spec.stage == "search")
     measuring = measuring_passes(cell.spec, model) if model else 0
     return (measuring + sum(passes)) / full
 

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from infra.cluster import Job, Pool, Share, Source, TrialFunction
 from infra.errors import UserError
-from infra.records import TrialResult, TrialSpec
+from infra.records import ModelQuestion, TrialResult, TrialSpec
 from tasks.trial import run_trial
 
 _END = "no trial is left"
@@ -29,7 +29,8 @@ class Driven(Protocol):
     """What the loop asks of a run; see flows.search.Run."""
 
     def trials(self) -> Iterator[TrialSpec | None]:
-        """The trials to run, in order; None while the last of a wave are still out."""
+        """The trials to run, and what is to be asked of the model before them, in order; None
+        while what is out must end first."""
 
     def take(self, result: TrialResult) -> None:
         """The result of a trial that was offered."""
@@ -259,6 +260,8 @@ class _Loop:
         trial, work = entry.next
         self.claims[work] = [(entry, trial)]
         entry.next, entry.out[work] = None, now
+        if isinstance(trial, ModelQuestion):  # which may have to download the model
+            return Job(trial, entry.share)
         self.budget.num_begun += 1
         return Job(trial, entry.share, entry.timeout_s)
 
@@ -311,7 +314,8 @@ class _Loop:
             except UserError as error:
                 self._end(entry, error)
                 continue
-            self.known.note(result, entry.driven.reader(trial.number))
+            if not isinstance(trial, ModelQuestion):
+                self.known.note(result, entry.driven.reader(trial.number))
 
     def _remove(self, entry: Entry) -> None:
         """Whatever a run holds in memory goes when it has ended."""

@@ -14,18 +14,16 @@ from functools import partial
 from typing import Any
 
 from flows import speed
+from flows.descriptions import Asking, Descriptions
 from flows.dispatch_loop import Entry, drive
 from flows.live import View, live, trial_event
 from flows.pins import pin, refuse
 from flows.plan import (
     Results,
     final_wave,
-    kinds_of_trial,
     next_wave,
     planned_passes,
     planned_trials,
-    refuse_objective,
-    search_trial,
     token_passes,
 )
 from flows.report import Report, write_report
@@ -35,16 +33,14 @@ from infra.cluster import Cluster, LostCheckpointError, connect, damaged
 from infra.documents import data_sha256
 from infra.errors import UserError
 from infra.provenance import provenance
-from infra.records import ModelRecord, TrialResult, TrialSpec
+from infra.records import ModelQuestion, ModelRecord, TrialResult, TrialSpec
 from infra.samplers import StudyMirror
 from infra.specs import Spec
 from infra.store import RunStore, write_atomic
 from tasks.allocation import bounds_of, check_rates
 from tasks.model_card import model_card
-from tasks.trial import describe_model, measure_profile
 
 Planner = Callable[[Spec, ModelRecord, Results], list[TrialSpec]]
-Describe = Callable[[Spec], ModelRecord]
 
 
 def search(spec: Spec, *, as_json: bool = False) -> Report:
@@ -80,7 +76,7 @@ def _alone(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
         connect(spec.cluster) as cluster,
     ):
         tracking.start(store.dir, spec.tracking)
-        run = Run(store, pinned_spec, cluster, view, plan, lambda spec: describe(cluster, spec))
+        run = Run(store, pinned_spec, cluster, view, plan, Descriptions())
         timeout_s = spec.cluster.trial_timeout_s
         drive(cluster, [Entry(lambda: run, cluster.share, timeout_s=timeout_s)])
         best = store.path("best")
@@ -89,15 +85,6 @@ def _alone(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
             speed.measure(cluster, spec, best)
             run.report = write_report(store.dir)
     return run.report
-
-
-def describe(cluster: Cluster, spec: Spec) -> ModelRecord:
-    """What the model of a spec is made of, and what its allocation measures of it."""
-    trials = kinds_of_trial(spec)
-    model = cluster.call(describe_model, trials)
-    refuse_objective(spec, model)
-    profile = cluster.call(measure_profile, search_trial(spec, spec.prune, -1))
-    return model.model_copy(update={"profile": profile})
 
 
 class Run:
@@ -110,10 +97,10 @@ class Run:
         cluster: Cluster,
         view: View,
         plan: Planner,
-        describe: Describe,
+        descriptions: Descriptions,
     ) -> None:
         self.store, self.spec, self.cluster, self.view = store, spec, cluster, view
-        self.plan, self.describe = plan, describe
+        self.plan, self.descriptions = plan, descriptions
         self.results = {number: _light(result) for number, result in store.results().items()}
         self.report: Report = {}
         self._model: ModelRecord | None = None
@@ -124,7 +111,8 @@ class Run:
         self._storage_problem = ""
 
     def trials(self) -> Iterator[TrialSpec | None]:
-        """The trials that are still to be run, in order; None while others must end first.
+        """What is to be asked of the model, and the trials that are still to be run, in order;
+        None while others must end first.
 
         What `take` was told in between decides what comes next.
         """
@@ -132,7 +120,7 @@ class Run:
         self.tell("started", done=done, cluster=self.cluster.describe())
         for result in self.results.values():
             self.view.event({**trial_event(result), "earlier": True})
-        model = self._begin()
+        model = yield from self._begin()
         for wave in self._waves(model):
             # The final comparison needs all of its trials, so one that failed is tried once more.
             missing = [trial for trial in wave if self._lacks(trial)]
@@ -148,6 +136,9 @@ class Run:
 
     def take(self, result: TrialResult) -> None:
         """The result of a trial that was offered: into the files first, then to who is told."""
+        if isinstance(result.spec, ModelQuestion):
+            self.descriptions.take(result.spec, result)
+            return
         number = result.spec.number
         self._out.discard(number)
         complete = result.state == "complete"
@@ -214,12 +205,12 @@ class Run:
             self.tell("storage", problem=problem, untold=studies.untold)
         self._storage_problem = problem
 
-    def _begin(self) -> ModelRecord:
+    def _begin(self) -> Asking:
         """Check that model and text are those that the run began with."""
         if waves := self.store.waves():  # the revisions that its first trial read
             first = {"model": waves[0][0].model, "data": waves[0][0].data}
             self.spec = self.spec.model_copy(update=first)
-        model = self._model = self.store.model() or self._describe()
+        model = self._model = self.store.model() or (yield from self._describe())
         for split in ("calibration", "selection", "report"):
             if (
                 data_sha256(self.spec.model.modality, self.spec.data, split)
@@ -240,8 +231,8 @@ class Run:
         self.spec = self.spec.model_copy(update={"model": model_spec})
         return model
 
-    def _describe(self) -> ModelRecord:
-        model = self.describe(self.spec)
+    def _describe(self) -> Asking:
+        model = yield from self.descriptions.of(self.spec)
         self.store.write_model(model)
         self.store.event("data", **model.data_sha256)
         self.tell(

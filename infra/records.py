@@ -211,6 +211,22 @@ class TrialResult(Frozen):
         return found | {name: sum(each) / len(each) for name, each in self.scores.items()}
 
 
+class ModelQuestion(TrialSpec):
+    """What a run asks before its first trial; a worker answers as it runs a trial."""
+
+    key: str = Field(description="the same for whoever would get the same answer")
+    sizes: list[TrialSpec] = Field(
+        default=[], description="describe the model by these; none: measure for the allocation"
+    )
+
+
+class ModelAnswer(TrialResult):
+    """The answer to a ModelQuestion; the cause of a failed one is what the user is told."""
+
+    model: ModelRecord | None = None
+    measured: list[float] = Field(default=[], description="one number per matrix")
+
+
 class SpeedLayer(Frozen):
     """What an engine made of one linear layer."""
 

@@ -175,7 +175,7 @@ class SearchSpec(Frozen):
     wave: int = Field(4, ge=1, description="candidates proposed at once")
     climbers: int = Field(2, ge=1, description="at most this many climb to the next rung")
     seed: int = 0
-    storage: str = Field("", description="Optuna RDB URL; empty: SQLite in the run directory")
+    storage: str = Field("", description="Optuna RDB URL; empty: a journal, optuna.log, in the run")
 
 
 class CompareSpec(Frozen):

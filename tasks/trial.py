@@ -17,7 +17,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from infra.documents import Split, data_sha256
-from infra.records import SHOWN, Cost, ModelRecord, TrialResult, TrialSpec
+from infra.errors import UserError
+from infra.records import (
+    SHOWN,
+    Cost,
+    ModelAnswer,
+    ModelQuestion,
+    ModelRecord,
+    TrialResult,
+    TrialSpec,
+)
 from infra.specs import ModelSpec
 from tasks.allocation import block_rates, check_rates, measure_rates, plan_of, tilt_of
 
@@ -33,8 +42,11 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     """Prune at the rates of `spec.prune` and measure on `spec.split`.
 
     Raises UserError for what the user can put right and RuntimeError where the sweep's own
-    assertions fail; nothing is written but a checkpoint, where one is asked for.
+    assertions fail; nothing is written but a checkpoint, where one is asked for. A ModelQuestion
+    is answered by a ModelAnswer.
     """
+    if isinstance(spec, ModelQuestion):
+        return _answer(spec, batch_divisor)
     started = time.perf_counter()
     from tasks.checkpoint import save_checkpoint
     from tasks.sweep import sweep
@@ -186,6 +198,18 @@ def time_dense(spec: TrialSpec, *, batch_divisor: int = 1) -> tuple[int, float]:
     alone = spec.model_copy(update={"prune": dense, "tasks": []})
     result = run_trial(alone, batch_divisor=batch_divisor)
     return sum(result.tokens), result.cost.sweep_s
+
+
+def _answer(question: ModelQuestion, batch_divisor: int) -> ModelAnswer:
+    answer = ModelAnswer(spec=question, state="complete")
+    try:
+        if question.sizes:
+            found = describe_model(question.sizes, batch_divisor=batch_divisor)
+            return answer.model_copy(update={"model": found})
+        measured = measure_profile(question, batch_divisor=batch_divisor)
+        return answer.model_copy(update={"measured": measured})
+    except UserError as error:
+        return answer.model_copy(update={"state": "failed", "cause": str(error)})
 
 
 def loaded(spec: ModelSpec) -> LoadedModality:

@@ -122,9 +122,10 @@ def test_storage_that_is_locked_or_deleted_is_filled_from_the_files(project: Pat
     shutil.copytree(project / "undisturbed" / "waves", run / "waves")  # and nothing finished
     for name in ("run.json", "spec.toml", "model.json"):
         shutil.copy(project / "undisturbed" / name, run / name)
+    override = f"search.storage=sqlite:///{run}/optuna.db"
     with sqlite3.connect(run / "optuna.db", isolation_level=None) as storage:
         storage.execute("BEGIN EXCLUSIVE")
-        done = search(project, "locked")
+        done = search(project, "locked", override)
         storage.execute("ROLLBACK")
     assert done.returncode == 0, done.stderr
     assert not ended_as(project / "undisturbed", run)
@@ -133,7 +134,7 @@ def test_storage_that_is_locked_or_deleted_is_filled_from_the_files(project: Pat
     for delete in (False, True):
         if delete:
             (run / "optuna.db").unlink()
-        assert search(project, "locked").returncode == 0
+        assert search(project, "locked", override).returncode == 0
         with sqlite3.connect(run / "optuna.db") as storage:
             assert storage.execute("SELECT count(*) FROM trials").fetchone() == (6,)
     assert not ended_as(project / "undisturbed", run)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from flows.descriptions import Descriptions
 from flows.dispatch_loop import Entry, drive
 from flows.live import live
 from flows.search import Run
@@ -49,7 +50,7 @@ class Publishing(Run):
     """A run of which only the checkpoint is left to do."""
 
     def trials(self) -> Iterator[TrialSpec | None]:
-        self._model = self.describe(self.spec)
+        self._model = yield from self.descriptions.of(self.spec)
         yield from self._publish()
 
     def finish(self) -> None:
@@ -95,7 +96,9 @@ def publish(spec: Spec, model: ModelRecord) -> Iterator[Callable[..., str]]:
 
         def call(cluster: Any, result: TrialResult) -> str:
             store.write_result(result)
-            run = Publishing(store, spec, cluster, view, lambda *_: [], lambda _: model)
+            descriptions = Descriptions()
+            descriptions.note(spec, model)
+            run = Publishing(store, spec, cluster, view, lambda *_: [], descriptions)
             drive(cluster, [Entry(lambda: run, cluster.share)])
             return run._problem
 

@@ -1,23 +1,19 @@
-"""Optuna: which numbers to try next, and a view of a search for Optuna's own tools.
+"""Which numbers to try next, by Optuna.
 
     bounds = {"beta": (-0.0276, 0.0276)}
     propose(sampler="auto", seed=0, wave=4, tried=4, count=4, bounds=bounds, history=history)
 
 Proposals depend on the arguments alone, so that a resumed search proposes what the undisturbed one
-would have. This is the only module that imports optuna, and only when it is used.
+would have. Optuna is imported only when it is used.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from infra.errors import UserError, nearest
-from infra.records import TrialResult
 
 if TYPE_CHECKING:
     import optuna
@@ -30,7 +26,6 @@ FIRST_SHARES = (0.0, 0.25, 0.55, 0.85)  # the same where uniform is the lowest v
 PAPER_STEP = 0.002
 GRID_STEPS = 10
 _INSIDE = 0.999  # of the bounds, which gp likes to propose; 0 is uniform, and legal
-RETRY_S = 60.0
 
 Values = Mapping[str, float]
 Bounds = Mapping[str, tuple[float, float]]
@@ -77,7 +72,7 @@ def propose(
         return _replayed(bounds, space, seed, wave, count, history)
     study = optuna.create_study(sampler=SAMPLERS[sampler](_seed(seed, len(history))))
     for values, loss in history:
-        study.add_trial(_frozen(values, loss, bounds, {}))
+        study.add_trial(frozen(values, loss, bounds, {}))
     for values in first:  # running trials, which the sampler keeps away from
         study.enqueue_trial(values)
         study.ask(space)
@@ -225,9 +220,10 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
 }
 
 
-def _frozen(
+def frozen(
     values: Values, loss: float | None, bounds: Bounds, attrs: dict[str, float]
 ) -> optuna.trial.FrozenTrial:
+    """A candidate that has ended, as Optuna takes it; without a loss, one that failed."""
     import optuna
 
     return optuna.trial.create_trial(
@@ -241,110 +237,3 @@ def _frozen(
         },
         user_attrs=attrs,
     )
-
-
-class StudyMirror:
-    """Finished search trials as Optuna studies, one per rung: `<run name>/rung<k>`.
-
-    A loss is minimised, a score maximised. Files are the truth: a trial goes in by one transaction
-    and carries its `number`, so that none is told twice or stays RUNNING for ever. A thread of its
-    own does the work, because a storage that is locked or gone would hold up the search; `problem`
-    then says why, what was not told is tried again once a minute and at `close`, and `rebuild` at
-    the next start tells the rest.
-    """
-
-    def __init__(
-        self, run_dir: Path, run_id: str, storage: str, bounds: Bounds, objective: str = "loss"
-    ) -> None:
-        self.url = storage or f"sqlite:///{run_dir.resolve() / 'optuna.db'}"
-        self.problem = ""
-        self._name = run_dir.resolve().name
-        self._run_id, self._bounds, self._objective = run_id, bounds, objective
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="optuna")
-        # what follows belongs to the thread
-        self._waiting: list[TrialResult] = []
-        self._studies: dict[int, tuple[optuna.Study, set[int]]] = {}
-        self._retry_at = 0.0
-        if storage:
-            _check_url(storage)
-
-    def record(self, result: TrialResult) -> None:
-        """Tell one trial, unless it is known or not of the search."""
-        self.rebuild([result])
-
-    def rebuild(self, results: Iterable[TrialResult]) -> None:
-        """Tell whatever search trials the storage lacks, in the given order."""
-        self._thread.submit(self._tell, [r for r in results if r.spec.stage == "search"])
-
-    @property
-    def untold(self) -> int:
-        """How many trials the storage lacks at the moment."""
-        return len(self._waiting)
-
-    def close(self) -> int:
-        """Try once more; how many trials remain untold."""
-        left = self._thread.submit(self._tell, [], last=True).result()
-        self._thread.shutdown()
-        return left
-
-    def _tell(self, results: list[TrialResult], last: bool = False) -> int:
-        import sqlalchemy
-        from optuna.exceptions import OptunaError
-
-        self._waiting += results
-        if time.monotonic() < self._retry_at and not last:
-            return len(self._waiting)
-        try:
-            while self._waiting:
-                self._add(self._waiting[0])
-                self._waiting.pop(0)
-            self.problem = ""
-        except (sqlalchemy.exc.SQLAlchemyError, OptunaError) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
-            where = repr(sqlalchemy.make_url(self.url))  # without its password
-            self.problem = f"Optuna storage {where} cannot be written: {reason}"
-            self._retry_at = time.monotonic() + RETRY_S
-            self._studies.clear()  # what is known there is read anew
-        return len(self._waiting)
-
-    def _add(self, result: TrialResult) -> None:
-        if result.spec.rung not in self._studies:
-            self._studies[result.spec.rung] = self._open(result.spec.rung)
-        study, known = self._studies[result.spec.rung]
-        if result.spec.number in known:
-            return
-        attrs = {"number": result.spec.number, "tilt": result.tilt}
-        metrics = result.metrics() if result.state == "complete" else {}
-        numbers = {name: result.numbers.get(name, 0.0) for name in self._bounds}
-        value = metrics.get(self._objective)
-        study.add_trial(_frozen(numbers, value, self._bounds, attrs | metrics))
-        known.add(result.spec.number)
-
-    def _open(self, rung: int) -> tuple[optuna.Study, set[int]]:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        limit = {"timeout" if self.url.startswith("sqlite") else "connect_timeout": 2}
-        storage = optuna.storages.RDBStorage(self.url, engine_kwargs={"connect_args": limit})
-        loss = self._objective == "loss"
-        better: Literal["minimize", "maximize"] = "minimize" if loss else "maximize"
-        for name in (f"{self._name}/rung{rung}", f"{self._name}-{self._run_id[:8]}/rung{rung}"):
-            # A shared storage may hold another run of the same name.
-            study = optuna.create_study(
-                storage=storage, study_name=name, direction=better, load_if_exists=True
-            )
-            if study.user_attrs.get("run", self._run_id) == self._run_id:
-                break
-        if "run" not in study.user_attrs:
-            study.set_user_attr("run", self._run_id)
-        return study, {t.user_attrs["number"] for t in study.get_trials(deepcopy=False)}
-
-
-def _check_url(url: str) -> None:
-    """Refuse what is no database URL, or one whose driver is not installed."""
-    import sqlalchemy
-
-    try:
-        sqlalchemy.make_url(url).get_dialect().import_dbapi()
-    except (ImportError, sqlalchemy.exc.ArgumentError) as error:
-        raise UserError(f"search.storage={url!r} cannot be used: {error}") from error

@@ -1,0 +1,81 @@
+"""What runs ask of a model before their first trial, of many runs each thing once.
+
+    model = yield from descriptions.of(spec)   # in Run.trials(); Run.take() hands on the answers
+
+A question goes to a worker as a trial does, since it may take an hour to download a model; until it
+is answered the dispatch loop goes on with other runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Sequence
+
+from flows.plan import kinds_of_trial, refuse_objective, search_trial
+from infra.errors import UserError
+from infra.records import ModelAnswer, ModelQuestion, ModelRecord, TrialResult, TrialSpec
+from infra.specs import Spec
+from tasks.allocation import ALLOCATIONS, allocation_named
+
+Asking = Generator[TrialSpec | None, None, ModelRecord]
+
+
+class Descriptions:
+    """What is known of models by their source, and of what allocations measure of them."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, ModelRecord] = {}
+        self._measured: dict[str, list[float]] = {}
+        self._asked: set[str] = set()  # questions that are out
+
+    def note(self, spec: Spec, model: ModelRecord) -> None:
+        """What an earlier start of a run has found out."""
+        self._models.setdefault(spec.model.source, model)
+        self._measured.setdefault(_measurement(spec), model.profile)
+
+    def of(self, spec: Spec) -> Asking:
+        """The model as one run found it, with this one's own measurement; yields what to ask.
+
+        Raises UserError where the model has not what is searched.
+        """
+        trials, source = kinds_of_trial(spec), spec.model.source
+        while source not in self._models:
+            yield self._question(source, trials[0], trials)
+        model = self._models[source]
+        refuse_objective(spec, model)
+        key = _measurement(spec)
+        if allocation_named(spec.prune.allocation).measure is None:
+            return model.model_copy(update={"profile": []})
+        while key not in self._measured:
+            yield self._question(key, search_trial(spec, spec.prune, -1))
+        return model.model_copy(update={"profile": self._measured[key]})
+
+    def take(self, question: ModelQuestion, result: TrialResult) -> None:
+        """The answer; raises UserError where there is none, and whoever asks next asks anew."""
+        self._asked.remove(question.key)
+        if not isinstance(result, ModelAnswer):
+            what = "describe_model" if question.sizes else "measure_profile"
+            raise UserError(f"{what} failed: {result.cause}")
+        if result.state == "failed":
+            raise UserError(result.cause)
+        if result.model is not None:
+            self._models[question.key] = result.model
+        else:
+            self._measured[question.key] = result.measured
+
+    def _question(
+        self, key: str, trial: TrialSpec, sizes: Sequence[TrialSpec] = ()
+    ) -> ModelQuestion | None:
+        """None while it is out, asked by this run or by another."""
+        if key in self._asked:
+            return None
+        self._asked.add(key)
+        return ModelQuestion(**dict(trial), key=key, sizes=list(sizes))
+
+
+def _measurement(spec: Spec) -> str:
+    """What decides the measurement of an allocation: the method only where it prunes for it."""
+    allocation = ALLOCATIONS.get(spec.prune.allocation)
+    method = spec.prune.method if allocation is None or allocation.prunes else ""
+    prune = spec.prune.model_copy(update={"method": method})
+    return json.dumps([spec.model.source, prune.model_dump()])
