@@ -3,8 +3,8 @@
     sparseramp dashboard runs/night             # Optuna's studies, those of all cells in one place
     sparseramp dashboard runs/night --mlflow
 
-Optuna's storage is filled from the files of the run, as the run's own is: whether that one is
-SQLite or PostgreSQL, locked or down, it is neither asked nor changed.
+Optuna's storage is filled from the files of the run, as the run's own is: whether that one is a
+journal or a database, locked or down, it is neither asked nor changed.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _mlflow(store: RunStore, port: int) -> Iterator[Page]:
 @contextlib.contextmanager
 def _optuna(store: RunStore, port: int) -> Iterator[Page]:
     with TemporaryDirectory(prefix="sparseramp-") as folder:
-        storage = f"sqlite:///{folder}/optuna.db"
+        journal = Path(folder, "optuna.log")
         told: dict[Path, set[int]] = {}
 
         def tell(run: RunStore) -> bool:
@@ -100,14 +100,14 @@ def _optuna(store: RunStore, port: int) -> Iterator[Page]:
             if not results or model is None:
                 return False
             bounds = bounds_of(run.spec.prune, model.matrices)
-            mirror = StudyMirror(run.dir, run.id, storage, bounds, run.spec.search.objective)
+            objective = run.spec.search.objective
+            mirror = StudyMirror(run.dir, run.id, "", bounds, objective, journal)
             mirror.rebuild(results)
-            if mirror.close():  # the page was writing: in the next round
-                return False
+            mirror.close()
             known |= {result.spec.number for result in results}
             return any(result.spec.stage == "search" for result in results)
 
         if not any(tell(run) for run in _runs(store)):  # with the first of them the page begins
             raise UserError(f"no trial of a search has ended yet in {store.dir}: nothing to show")
-        with optuna_page(storage, port) as url:
+        with optuna_page(journal, port) as url:
             yield url, lambda: [tell(run) for run in _runs(store)]

@@ -1,6 +1,6 @@
 """MLflow's and Optuna's own pages on 127.0.0.1, of copies that go when the page does.
 
-    with optuna_page(url, port) as page: ...                     # url: sqlite:///copy.db
+    with optuna_page(Path("copy.log"), port) as page: ...
     with mlflow_page(Path("runs/mlflow.db"), "sparseramp", port) as (page, follow): ...
 
 What a visitor changes or deletes there is a change of the copy.
@@ -46,8 +46,8 @@ class _Quiet(WSGIRequestHandler):
 
 
 @contextlib.contextmanager
-def optuna_page(storage: str, port: int = 0) -> Iterator[str]:
-    """The address of optuna-dashboard on a storage that it may write to; port 0: a free one.
+def optuna_page(journal: Path, port: int = 0) -> Iterator[str]:
+    """The address of optuna-dashboard on a journal that it may write to; port 0: a free one.
 
     Raises UserError where the package is missing or the port is taken.
     """
@@ -55,7 +55,7 @@ def optuna_page(storage: str, port: int = 0) -> Iterator[str]:
         from optuna_dashboard import wsgi
     except ImportError:
         raise UserError("optuna-dashboard is not installed: pip install optuna-dashboard") from None
-    with make_server(HOST, free_port(port), wsgi(storage), _Server, _Quiet) as server:
+    with make_server(HOST, free_port(port), wsgi(str(journal)), _Server, _Quiet) as server:
         threading.Thread(target=server.serve_forever, name="dashboard", daemon=True).start()
         try:
             yield f"http://{HOST}:{server.server_port}/dashboard/"

@@ -28,7 +28,8 @@ RETRY_S = 60.0
 class StudyMirror:
     """Finished search trials as Optuna studies, one per rung: `<run name>/rung<k>`.
 
-    They stand in a journal in the run directory, or in the database that `storage` names. A loss
+    They stand in a journal, which is in the run directory unless given, or in the database that
+    `storage` names. A loss
     is minimised, a score maximised. Files are the truth: a trial goes in by one transaction and
     carries its `number`, so that none is told twice or stays RUNNING for ever. A thread of its own
     does the work, because a storage that is locked or gone would hold up the search; `problem` then
@@ -37,9 +38,15 @@ class StudyMirror:
     """
 
     def __init__(
-        self, run_dir: Path, run_id: str, storage: str, bounds: Bounds, objective: str = "loss"
+        self,
+        run_dir: Path,
+        run_id: str,
+        storage: str,
+        bounds: Bounds,
+        objective: str = "loss",
+        journal: Path | None = None,
     ) -> None:
-        self.url, self.journal = storage, run_dir.resolve() / "optuna.log"
+        self.url, self.journal = storage, journal or run_dir.resolve() / "optuna.log"
         self.problem = ""
         self._name = run_dir.resolve().name
         self._run_id, self._bounds, self._objective = run_id, bounds, objective
