@@ -226,6 +226,8 @@ def _init(address: str, options: dict[str, Any]) -> None:
             return
         except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
             reason = first_line(error)
+            if reason.startswith("Version mismatch"):  # one line for each version
+                reason = " ".join(str(error).split())
             if "AuthenticationError" in f"{type(error)} {error.__cause__}":
                 reason = (
                     "its token is missing here, or another one: set RAY_AUTH_MODE=token and "
