@@ -90,11 +90,10 @@ def events(run: Path) -> list[str]:
 
 def test_a_job_is_stopped_and_the_same_command_goes_on(jobs: Jobs, tmp_path: Path) -> None:
     spec = str(write_project(tmp_path))
-    command = ["search", spec, "--json", "search.scouts=40"]
+    command = ["search", spec, "--json", "search.scouts=150"]  # `ray job` takes seconds itself
     jobs.submit("first", *command)
     while events(tmp_path / "run").count("trial") < 3:
-        assert "failed" not in jobs.run("status", "first").lower(), jobs.run("logs", "first")
-        time.sleep(0.5)
+        time.sleep(0.2)  # the time limit of the test is that of this loop
     jobs.run("stop", "first")
     assert jobs.ends("first") == "was stopped"
     assert events(tmp_path / "run")[-1] == "stopped"  # it had the time to say so
