@@ -85,7 +85,7 @@ class Cluster:
     def __init__(self, spec: ClusterSpec, address: str) -> None:
         self._address, self._spec = address, spec
         self._timeout_s = spec.trial_timeout_s
-        self._pool = Pool(RayMachines(), spec)
+        self._pool = Pool(RayMachines(grows=spec.grows), spec)
 
     @property
     def share(self) -> Share:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray._private.state import state
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -38,7 +37,8 @@ class RayWorker(Worker):
 class RayMachines:
     """The nodes of the cluster that this process is connected to; see pool.Machines."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, grows: bool = False) -> None:
+        self._grows = grows
         self._refused: dict[str, str] = {}  # why, by node
 
     def now(self) -> float:
@@ -61,9 +61,8 @@ class RayMachines:
         ]
 
     def grows(self) -> bool:
-        """Whether an autoscaler has told the head which kinds of node it may add."""
-        config = state.get_cluster_config()
-        return config is not None and any(group.max_count for group in config.node_group_configs)
+        """Whether an autoscaler adds nodes; Ray's own tell nobody, so the spec does."""
+        return self._grows
 
     def start(self, share: Share, node: str) -> Any:
         """Ask for a worker, on that node unless it is gone; without one, wherever there is room."""

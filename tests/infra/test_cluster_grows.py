@@ -33,6 +33,7 @@ CONFIG: dict[str, Any] = {
     "idle_timeout_minutes": 0.1,
     "provider": {
         "type": "fake_multinode",
+        "use_node_id_as_ip": True,
         "disable_node_updaters": True,
         "disable_launch_config_check": True,
     },
@@ -77,7 +78,7 @@ def test_a_node_is_added_for_a_search_and_goes_when_it_is_done(tmp_path: Path) -
     options = (f"--autoscaling-config={config}", "--include-dashboard=false", "--num-cpus=0")
     variables = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     with head(tmp_path, *options, port=port, **variables) as (address, token):
-        needs = ["cluster.gpus_per_trial=1", "cluster.cpus_per_trial=1"]
+        needs = ["cluster.gpus_per_trial=1", "cluster.grows=true"]
         said = command(address, token, tmp_path / "c", "search", str(spec), "--json", *needs)
         kinds = [json.loads(line).get("kind") for line in said.splitlines()]
         assert kinds.index("waiting") < kinds.index("model") < kinds.index("trial")
