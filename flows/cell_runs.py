@@ -100,8 +100,7 @@ class CellRuns:
             self.views(cell).event({"kind": "stopped", "reason": str(error)})
             return None
         if not self.cluster.holds(share):
-            problem = f"no node that is there holds {share}: it waits for one to be added"
-            self.views(cell).event({"kind": "waiting", "problem": problem})
+            self.views(cell).event({"kind": "waiting", "problem": share.no_node})
         return Entry(
             partial(self._open, cell),
             share,

@@ -77,6 +77,8 @@ def _alone(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
     ):
         tracking.start(store.dir, spec.tracking)
         run = Run(store, pinned_spec, cluster, view, plan, Descriptions())
+        if not cluster.holds(cluster.share):
+            run.tell("waiting", problem=cluster.share.no_node)
         timeout_s = spec.cluster.trial_timeout_s
         drive(cluster, [Entry(lambda: run, cluster.share, timeout_s=timeout_s)])
         best = store.path("best")

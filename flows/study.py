@@ -62,7 +62,11 @@ def study(spec: StudySpec, *, as_json: bool = False, connect: Connect = connect)
             if runs.todo:
                 with overview.shown():
                     spent = runs.drive(
-                        ClusterSpec(address=first.cluster.address, parallel=spec.parallel),
+                        ClusterSpec(
+                            address=first.cluster.address,
+                            parallel=spec.parallel,
+                            grows=any(cell.spec.cluster.grows for cell in cells),
+                        ),
                         order=FAIR,
                         budget=_budget(spec.budget, store),
                         connect=connect,

@@ -17,6 +17,20 @@ PACKAGES = (
     "sparseramp", "torch", "transformers", "tokenizers", "datasets", "timm", "safetensors", "gguf",
     "greenlet", "numpy", "optuna", "ray", "mlflow",
 )  # fmt: skip
+# Ray compares its own version and Python's too, unless its environment variables say otherwise.
+COMPARED = ("ray", "torch", "transformers")
+
+
+def compared_versions() -> dict[str, str]:
+    """What driver and workers must have in common; of Python the minor, of torch no build."""
+    major, minor, _ = platform.python_version_tuple()
+    versions = {"python": f"{major}.{minor}"}
+    for package in COMPARED:
+        try:
+            versions[package] = metadata.version(package).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            versions[package] = ""
+    return versions
 
 
 @cache

@@ -233,6 +233,7 @@ class ClusterSpec(Frozen):
         "!H100, in(H100,H200), !in(H100,H200)",
     )
     parallel: int = Field(0, ge=0, description="trials at once; 0: as many as fit")
+    grows: bool = Field(False, description="an autoscaler adds nodes for trials that wait for one")
     trial_timeout_s: float = Field(
         0,
         ge=0,

@@ -85,7 +85,7 @@ class Cluster:
     def __init__(self, spec: ClusterSpec, address: str) -> None:
         self._address, self._spec = address, spec
         self._timeout_s = spec.trial_timeout_s
-        self._pool = Pool(RayMachines(), spec)
+        self._pool = Pool(RayMachines(grows=spec.grows), spec)
 
     @property
     def share(self) -> Share:
@@ -226,6 +226,8 @@ def _init(address: str, options: dict[str, Any]) -> None:
             return
         except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
             reason = first_line(error)
+            if reason.startswith("Version mismatch"):  # one line for each version
+                reason = " ".join(str(error).split())
             if "AuthenticationError" in f"{type(error)} {error.__cause__}":
                 reason = (
                     "its token is missing here, or another one: set RAY_AUTH_MODE=token and "

@@ -197,7 +197,8 @@ class Pool:
     def started(self, slot: Slot) -> None:
         """Wait until a worker has started.
 
-        Raises UserError when several in a row could not, which is a node without our dependencies.
+        Raises UserError when several in a row could not, which is a node without our dependencies,
+        or none is left with the driver's versions.
         """
         slot.node, problem = self.machines.started(slot.starting)
         if slot.node != slot.place:
@@ -207,8 +208,10 @@ class Pool:
             self._failed_starts = 0
             return
         self.stop(slot)
-        self._failed_starts += 1
-        if self._failed_starts == MAX_FAILED_STARTS:
+        self._looked, refused, slot.node = -math.inf, bool(slot.node), ""
+        self._failed_starts += not refused  # a node that was refused is not tried again
+        none_left = refused and not self._able(slot.share) and not self.machines.grows()
+        if none_left or self._failed_starts == MAX_FAILED_STARTS:
             raise UserError(f"no worker starts on the cluster: {problem}")
 
     def any(self, share: Share) -> Slot:

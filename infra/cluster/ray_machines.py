@@ -6,18 +6,20 @@ machines.wait([ready], timeout_s=30)
 """
 
 import math
+import socket
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray._private.state import state
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.cluster.pool import Outcome
 from infra.cluster.resources import Node, Share
 from infra.cluster.worker import TrialFunction, Worker, describe_error, first_line
+from infra.provenance import compared_versions
 from infra.records import TrialSpec
 
 PING_S = 5.0
@@ -27,20 +29,24 @@ PING_S = 5.0
 class RayWorker(Worker):
     """A worker process on a node of the cluster."""
 
-    def node(self) -> str:
-        """Ray's id of the node; answered when the process has started."""
-        return ray.get_runtime_context().get_node_id()
+    def node(self) -> tuple[str, str, dict[str, str]]:
+        """Ray's id of the node, its host and versions; answered when the process has started."""
+        return ray.get_runtime_context().get_node_id(), socket.gethostname(), compared_versions()
 
 
 class RayMachines:
     """The nodes of the cluster that this process is connected to; see pool.Machines."""
+
+    def __init__(self, *, grows: bool = False) -> None:
+        self._grows = grows
+        self._refused: dict[str, str] = {}  # why, by node
 
     def now(self) -> float:
         """Seconds since some moment."""
         return time.monotonic()
 
     def nodes(self) -> list[Node]:
-        """The nodes that are alive."""
+        """The nodes that are alive, without those whose versions are not the driver's."""
         return [
             Node(
                 node=node["NodeID"],
@@ -51,13 +57,12 @@ class RayMachines:
                 labels=node.get("Labels") or {},
             )
             for node in ray.nodes()  # type: ignore[no-untyped-call]
-            if node["Alive"]
+            if node["Alive"] and node["NodeID"] not in self._refused
         ]
 
     def grows(self) -> bool:
-        """Whether an autoscaler has told the head which kinds of node it may add."""
-        config = state.get_cluster_config()
-        return config is not None and any(group.max_count for group in config.node_group_configs)
+        """Whether an autoscaler adds nodes; Ray's own tell nobody, so the spec does."""
+        return self._grows
 
     def start(self, share: Share, node: str) -> Any:
         """Ask for a worker, on that node unless it is gone; without one, wherever there is room."""
@@ -66,8 +71,11 @@ class RayMachines:
             options["memory"] = share.memory_bytes
         if node:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
-        if share.labels:
-            options["label_selector"] = dict(share.labels)
+        labels = dict(share.labels)
+        if self._refused and not node:
+            labels.setdefault("ray.io/node-id", f"!in({','.join(self._refused)})")
+        if labels:
+            options["label_selector"] = labels
         actor: Any = RayWorker  # Ray's stubs know no options of an actor class
         return actor.options(**options).remote(max(1, int(share.cpus)))
 
@@ -76,11 +84,19 @@ class RayMachines:
         return worker.node.remote()
 
     def started(self, reference: Any) -> tuple[str, str]:
-        """The node of a worker, or why it did not start."""
+        """The node of a worker, and why it is of no use: with a node, nothing on that node is."""
         try:
-            return ray.get(reference), ""
+            node, host, versions = ray.get(reference)
         except RayError as error:
             return "", str(error).strip().splitlines()[-1]
+        ours = compared_versions()
+        other = [name for name in ours if versions[name] != ours[name]]
+        if other and node not in self._refused:
+            there = ", ".join(f"{name} {versions[name] or 'missing'}" for name in other)
+            here = ", ".join(f"{name} {ours[name] or 'missing'}" for name in other)
+            self._refused[node] = f"{host} has {there} where the driver has {here}"
+            print(f"sparseramp: {self._refused[node]}: no trial runs there", file=sys.stderr)
+        return node, self._refused.get(node, "")
 
     def send(
         self, worker: Any, function: TrialFunction, spec: TrialSpec, batch_divisor: int, node: str

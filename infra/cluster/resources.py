@@ -44,6 +44,14 @@ class Share:
         """What a second of it counts: its GPUs, its CPUs where it has none."""
         return self.gpus or self.cpus or 1.0
 
+    @property
+    def no_node(self) -> str:
+        """What is said while no node that is there holds it, and an autoscaler may add one."""
+        needs = f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
+        needs += f" with {self.memory_bytes / 1e9:g} GB" if self.memory_bytes else ""
+        needs += f" and cluster.labels={dict(self.labels)}" if self.labels else ""
+        return f"no node that is there holds a trial of {needs}: it waits for one to be added"
+
     def admits(self, node: Node) -> bool:
         """Whether the node has the labels that are asked for."""
         return all(_label_fits(node.labels.get(key, ""), wanted) for key, wanted in self.labels)
@@ -76,7 +84,9 @@ def decide_share(spec: ClusterSpec, nodes: Sequence[Node], *, grows: bool = Fals
             beside = math.ceil(spec.parallel / len(hosts)) or math.ceil(cores / MAX_THREADS)
             fitting = cores / beside
         cpus = float(max(1, int(fitting)))
-    share = replace(asked, cpus=max(cpus, 0.0), gpus=gpus)
+    elif cpus < 0:  # none would let a trial run on a head that is to take none
+        cpus = 1.0
+    share = replace(asked, cpus=cpus, gpus=gpus)
     if not capacity(share, nodes) and not grows:
         if spec.labels and not nodes:
             raise UserError(f"no node has cluster.labels={spec.labels}: `ray status -v` shows them")

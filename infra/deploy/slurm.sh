@@ -40,6 +40,9 @@ sbcast --force --preserve "$scratch/token" "$RAY_AUTH_TOKEN_PATH"
 
 # This script runs on the first node, which becomes the head. A name may resolve to loopback there.
 address="${HEAD_IP:-$(hostname -I | cut -d' ' -f1)}:6379"
+# A node that falls silent is lost after 16 s; Ray's own settings make it 63.
+export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=3000
+export RAY_health_check_failure_threshold=4
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600 # seconds; its 30 are too few for many nodes
 
 stopped=

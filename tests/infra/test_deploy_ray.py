@@ -3,14 +3,10 @@
 python -m pytest tests/infra/test_deploy_ray.py
 """
 
-import contextlib
 import json
 import os
 import re
-import secrets
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from ray.scripts.scripts import cli
+
+from tests.infra.heads import head
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "infra" / "deploy"
@@ -147,31 +145,11 @@ def test_a_token_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Address and token of a head that was started as the README says."""
-    folder = tmp_path_factory.mktemp("h")
-    token = folder / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}",
-         "--include-dashboard=false", "--disable-usage-stats", "--block", "--num-cpus=1",
-         f"--temp-dir=/tmp/ramp-{port}", "--object-store-memory=100000000"],
-        env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)},
-        stdout=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout
-        assert any("--block" in line for line in process.stdout), "Ray did not start"
-        yield f"127.0.0.1:{port}", token
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # what it started may outlive it
-            os.killpg(process.pid, signal.SIGTERM)
-        process.communicate(timeout=60)
-        shutil.rmtree(f"/tmp/ramp-{port}", ignore_errors=True)
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Address and token of a head."""
+    options = ("--include-dashboard=false", "--num-cpus=1")
+    with head(tmp_path_factory.mktemp("h"), *options) as address_and_token:
+        yield address_and_token
 
 
 @pytest.mark.slow
@@ -191,9 +169,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
     ids=["right", "none", "wrong", "mode-only", "no-file"],
 )
 def test_doctor_with_and_without_the_token(
-    head: tuple[str, Path], given: Callable[[Path], dict[str, str]], complaint: str
+    started: tuple[str, Path], given: Callable[[Path], dict[str, str]], complaint: str
 ) -> None:
-    address, token = head
+    address, token = started
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli", "doctor", "--json"],

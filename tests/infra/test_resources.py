@@ -45,6 +45,13 @@ def test_share(
     assert capacity(decided, nodes) == at_once
 
 
+def test_a_trial_is_not_put_on_a_head_that_is_to_take_none() -> None:
+    """With a share of nothing Ray would do so at once, before the autoscaler adds a node."""
+    share = decide_share(ClusterSpec(), [node(0)], grows=True)
+    assert share == Share(cpus=1, gpus=0)
+    assert capacity(share, [node(0)]) == 0
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
