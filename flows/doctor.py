@@ -141,7 +141,7 @@ def _cluster(address: str) -> dict[str, Any] | None:
     from infra.cluster import connect  # Ray takes a second
 
     try:
-        with connect(ClusterSpec(address=address)) as cluster:
+        with connect(ClusterSpec(address=address, grows=True)) as cluster:  # may have no node yet
             return cluster.describe()
     except UserError as error:
         return {"address": address, "error": str(error)}
