@@ -50,7 +50,8 @@ class CellRuns:
         self.num_known = 0
         self.entries: dict[str, Entry] = {}
         self.used_s: dict[str, float] = {}  # by earlier starts
-        self._pins: dict[str, tuple[Any, Any]] = {}  # by source: model and data as they were read
+        # By what a spec asks for: model and data as they were read, or why they cannot be.
+        self._pins: dict[str, dict[str, Any]] = {}
         self._refused: dict[str, UserError] = {}
         self._descriptions = Descriptions()
         self.todo = unfinished(cells)
@@ -91,7 +92,7 @@ class CellRuns:
         """A cell as the loop sees it; none where it cannot begin, which its files then say."""
         try:
             refuse(cell.spec)
-            if error := self._refused.get(cell.spec.model.source):
+            if error := self._refused.get(_sources(cell.spec)):
                 raise error
             share = self.cluster.share_of(cell.spec.cluster)
         except UserError as error:
@@ -117,8 +118,7 @@ class CellRuns:
         except UserError as error:
             view.event({"kind": "stopped", "reason": str(error)})
             return None
-        model, data = self._pins[cell.spec.model.source]
-        pinned = cell.spec.model_copy(update={"model": model, "data": data})
+        pinned = cell.spec.model_copy(update=self._pins[_sources(cell.spec)])
         return _CellRun(store, pinned, self.cluster, view, _plan, self._descriptions)
 
     def _look_at(self, cell: Cell) -> None:
@@ -139,22 +139,26 @@ class CellRuns:
         model, waves = store.model(), store.waves()
         if model is not None and waves:
             first = waves[0][0]  # later cells read the revisions that this one read
-            self._pins.setdefault(cell.spec.model.source, (first.model, first.data))
-            pinned = cell.spec.model_copy(update={"model": first.model, "data": first.data})
-            self._descriptions.note(pinned, model)
+            read = {"model": first.model, "data": first.data}
+            self._pins.setdefault(_sources(cell.spec), read)
+            self._descriptions.note(cell.spec.model_copy(update=read), model)
 
     def _pin(self, cells: Sequence[Cell]) -> None:
         for cell in cells:
-            source = cell.spec.model.source
-            if source in self._pins or source in self._refused:
+            sources = _sources(cell.spec)
+            if sources in self._pins or sources in self._refused:
                 continue
             try:
                 pinned = pin(cell.spec)
-                self._pins[source] = pinned.model, pinned.data
+                self._pins[sources] = {"model": pinned.model, "data": pinned.data}
             except UserError as error:
-                self._refused[source] = error
+                self._refused[sources] = error
         if cells and not self._pins:
             raise next(iter(self._refused.values()))
+
+
+def _sources(spec: Spec) -> str:
+    return spec.model_dump_json(include={"model", "data"})
 
 
 class _CellRun(Run):

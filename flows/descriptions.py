@@ -21,7 +21,7 @@ Asking = Generator[TrialSpec | None, None, ModelRecord]
 
 
 class Descriptions:
-    """What is known of models by their source, and of what allocations measure of them."""
+    """What is known of models with their texts, and of what allocations measure of them."""
 
     def __init__(self) -> None:
         self._models: dict[str, ModelRecord] = {}
@@ -30,7 +30,7 @@ class Descriptions:
 
     def note(self, spec: Spec, model: ModelRecord) -> None:
         """What an earlier start of a run has found out."""
-        self._models.setdefault(spec.model.source, model)
+        self._models.setdefault(_description(spec), model)
         self._measured.setdefault(_measurement(spec), model.profile)
 
     def of(self, spec: Spec) -> Asking:
@@ -38,10 +38,10 @@ class Descriptions:
 
         Raises UserError where the model has not what is searched.
         """
-        trials, source = kinds_of_trial(spec), spec.model.source
-        while source not in self._models:
-            yield self._question(source, trials[0], trials)
-        model = self._models[source]
+        trials, described = kinds_of_trial(spec), _description(spec)
+        while described not in self._models:
+            yield self._question(described, trials[0], trials)
+        model = self._models[described]
         refuse_objective(spec, model)
         key = _measurement(spec)
         if allocation_named(spec.prune.allocation).measure is None:
@@ -73,9 +73,17 @@ class Descriptions:
         return ModelQuestion(**dict(trial), key=key, sizes=list(sizes))
 
 
+def _description(spec: Spec) -> str:
+    """What decides the description of a model: all that its trials read, whatever they prune."""
+    search = {"objective", "protocol"}
+    fields = {"model": True, "data": True, "calibration": True, "evaluation": True}
+    return spec.model_dump_json(include={**fields, "search": search})
+
+
 def _measurement(spec: Spec) -> str:
     """What decides the measurement of an allocation: the method only where it prunes for it."""
     allocation = ALLOCATIONS.get(spec.prune.allocation)
     method = spec.prune.method if allocation is None or allocation.prunes else ""
     prune = spec.prune.model_copy(update={"method": method})
-    return json.dumps([spec.model.source, prune.model_dump()])
+    read = spec.model_dump(include={"model", "data", "calibration"})
+    return json.dumps([read, prune.model_dump()])

@@ -26,10 +26,19 @@ ONE_CPU = ClusterSpec(cpus_per_trial=1)
 class Asks(Many):
     """A run of trials that asks what its model is made of before the first."""
 
-    def __init__(self, name: str, model: str, descriptions: Descriptions, allocation: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        descriptions: Descriptions,
+        allocation: str,
+        sections: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(name, 6, model=model)
-        raw = {"model": {"source": model}, "prune": {"allocation": allocation}}
-        self.spec = parse_spec(raw | {"data": {"source": "text.txt"}}, "test")
+        raw = {"model": {"source": model}, "data": {"source": "text.txt"}}
+        self.spec = parse_spec(
+            raw | {"prune": {"allocation": allocation}} | (sections or {}), "test"
+        )
         self.descriptions = descriptions
         self.found: ModelRecord | None = None
 
@@ -98,6 +107,54 @@ def test_what_an_allocation_measures_is_asked_next_and_once() -> None:
     assert [run.found and run.found.profile for run in runs] == [[0.5]] * 2
     log = cluster.machines.log
     assert [w for w, _, spec in log if isinstance(spec, ModelQuestion)] == [0.0, 100.0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"data": {"source": "other.txt"}},
+        {"model": {"source": "m", "dtype": "float16"}},
+        {"calibration": {"samples": 4}},
+    ],
+)
+def test_of_one_model_each_asks_about_what_it_reads(other: dict[str, Any]) -> None:
+    """What is measured with one text, dtype or size says nothing of another."""
+
+    def told(spec: TrialSpec) -> TrialResult:
+        found = answer(spec)
+        if isinstance(found, ModelAnswer) and found.measured:
+            return found.model_copy(update={"measured": [float(spec.calibration.samples)]})
+        return found
+
+    descriptions = Descriptions()
+    runs = [Asks(f"cell{i}", "m", descriptions, "owl", s) for i, s in enumerate([{}, other])]
+    cluster = VirtualCluster([node("n", cpus=2)], ONE_CPU, seconds=seconds, answer=told)
+    drive(cluster, entries_of(runs, cluster), order=FAIR)
+    asked = [s for _, _, s in cluster.machines.log if isinstance(s, ModelQuestion)]
+    assert [len(q.sizes) > 0 for q in asked] == [True, True, False, False]
+    for run in runs:
+        assert run.found and run.found.profile == [float(run.spec.calibration.samples)]
+        read = [q for q in asked if (q.model, q.data) == (run.spec.model, run.spec.data)]
+        assert any(q.calibration == run.spec.calibration for q in read if not q.sizes)
+
+
+def test_scores_that_one_group_measures_are_not_refused_to_it() -> None:
+    """Though another of the same model has been described without them."""
+    descriptions = Descriptions()
+    scored = {"search": {"objective": "t/acc"}, "evaluation": {"tasks": ["t"], "task_rows": 8}}
+    runs = [Asks(f"c{i}", "m", descriptions, "uniform", s) for i, s in enumerate([{}, scored])]
+
+    def told(spec: TrialSpec) -> TrialResult:
+        found = answer(spec)
+        if isinstance(spec, ModelQuestion) and isinstance(found, ModelAnswer) and found.model:
+            scores = [f"{task}/acc" for trial in spec.sizes for task in trial.tasks]
+            model = found.model.model_copy(update={"scores": scores})
+            return found.model_copy(update={"model": model})
+        return found
+
+    cluster = VirtualCluster([node("n", cpus=2)], ONE_CPU, seconds=seconds, answer=told)
+    assert drive(cluster, entries_of(runs, cluster), keep_going=True) == ""
+    assert [run.end for run in runs] == ["finished"] * 2
 
 
 def test_an_error_is_that_of_the_cell_that_asked() -> None:
