@@ -75,8 +75,9 @@ class Entry:
     ended_s: float = 0.0
 
     def used_at(self, now: float) -> float:
-        """What it has used, trials that run included."""
-        return self.used_s + self.share.weight * sum(now - begun for begun in self.out.values())
+        """What it has used, trials that run included; also asked by the thread that draws."""
+        running = sum(now - begun for begun in list(self.out.values()))
+        return self.used_s + self.share.weight * running
 
     def booked_at(self, now: float) -> float:
         """The same, but a trial that runs counts from its start as much as those that have ended

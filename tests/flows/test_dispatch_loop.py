@@ -278,3 +278,16 @@ def test_of_hundreds_of_cells_few_are_open_and_no_worker_waits() -> None:
         drive(cluster, entries, order=FAIR)
         assert {run.end for run in runs} == {"finished"}
         assert max(open_at_once) <= most
+
+
+def test_what_a_cell_has_used_may_be_asked_while_its_trials_change() -> None:
+    """By the thread that draws the overview."""
+    drawn = entry(Many("a", 1))
+
+    class Begun(float):
+        def __rsub__(self, now: float) -> float:
+            drawn.out["next"] = now
+            return now - float(self)
+
+    drawn.out["first"] = Begun(10.0)
+    assert drawn.used_at(15.0) == 5.0
