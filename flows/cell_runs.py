@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 
@@ -96,7 +96,7 @@ class CellRuns:
                 raise error
             share = self.cluster.share_of(cell.spec.cluster)
         except UserError as error:
-            with RunStore.open(cell.spec) as store:
+            with suppress(UserError), RunStore.open(cell.spec) as store:  # another driver's, say
                 store.event("stopped", cause="UserError", reason=str(error))
             self.views(cell).event({"kind": "stopped", "reason": str(error)})
             return None
@@ -169,8 +169,10 @@ class _CellRun(Run):
         self.store.close()
 
     def stop(self, error: BaseException) -> None:
-        super().stop(error)
-        self.store.close()
+        try:
+            super().stop(error)
+        finally:
+            self.store.close()
 
 
 def _is_finished(cell: Cell) -> bool:

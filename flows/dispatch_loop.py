@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -42,7 +43,7 @@ class Driven(Protocol):
         """No trial is left."""
 
     def stop(self, error: BaseException) -> None:
-        """The run ends early."""
+        """The run ends early; raises UserError where its files cannot take that in."""
 
 
 class Dispatcher(Protocol):
@@ -75,8 +76,9 @@ class Entry:
     ended_s: float = 0.0
 
     def used_at(self, now: float) -> float:
-        """What it has used, trials that run included."""
-        return self.used_s + self.share.weight * sum(now - begun for begun in self.out.values())
+        """What it has used, trials that run included; also asked by the thread that draws."""
+        running = sum(now - begun for begun in list(self.out.values()))
+        return self.used_s + self.share.weight * running
 
     def booked_at(self, now: float) -> float:
         """The same, but a trial that runs counts from its start as much as those that have ended
@@ -200,8 +202,7 @@ class _Loop:
             spent = str(error)
         except BaseException as error:
             for entry in self.entries:
-                if entry.driven is not None:
-                    entry.driven.stop(error)
+                _stop(entry.driven, error)
             raise
         for entry in list(self.entries):
             self._end(entry, BudgetSpent(spent), alone=True)
@@ -327,6 +328,12 @@ class _Loop:
             raise error
         driven = entry.driven
         self._remove(entry)
+        _stop(driven, error)
+
+
+def _stop(driven: Driven | None, error: BaseException) -> None:
+    """End a run; that its files do not take it in, where they are what has failed, ends no other."""
+    with suppress(UserError):
         if driven is not None:
             driven.stop(error)
 

@@ -184,9 +184,16 @@ class Run:
         self.tell("finished", report=str(self.store.path("report.html")))
 
     def stop(self, error: BaseException) -> None:
-        """End before the end; what was finished stays finished."""
-        self.tell("stopped", cause=type(error).__name__, reason=str(error))
-        self.close()
+        """End before the end; what was finished stays finished.
+
+        Raises UserError where that cannot be written down; who watches is told all the same.
+        """
+        fields = {"cause": type(error).__name__, "reason": str(error)}
+        try:
+            self.store.event("stopped", **fields)
+        finally:
+            self.view.event({"kind": "stopped", **fields})
+            self.close()
 
     def close(self) -> None:
         """Let Optuna's thread end."""

@@ -152,7 +152,8 @@ class RunStore:
         """Raise UserError where another driver has the run, as when its lock was deleted."""
         if self._lock < 0:
             raise RuntimeError(f"{self.dir} was opened for reading")
-        holder = path.read_bytes() if (path := self.dir / "lock").exists() else b""
+        with _writing(path := self.dir / "lock"):
+            holder = path.read_bytes() if path.exists() else b""
         if holder != self._holder:
             raise UserError(f"{self.dir} was taken over by {_describe(holder.decode())}")
 

@@ -12,7 +12,8 @@ one-GPU tasks that happened to 42 of 60.
 
 from infra.cluster.connection import Cluster, connect
 from infra.cluster.dispatch import Job, Source, dispatch
-from infra.cluster.pool import Machines, Outcome, Pool
+from infra.cluster.machines import Machines, Outcome
+from infra.cluster.pool import Pool
 from infra.cluster.resources import Node, Share
 from infra.cluster.transfer import LostCheckpointError, damaged
 from infra.cluster.worker import TrialFunction

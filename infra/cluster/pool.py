@@ -12,49 +12,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
+from infra.cluster.machines import Machines
 from infra.cluster.resources import Node, Share, capacity, decide_share
-from infra.cluster.worker import TrialFunction
 from infra.errors import UserError
-from infra.records import TrialResult, TrialSpec
 from infra.specs import ClusterSpec, ModelSpec
 
 MAX_FAILED_STARTS = 3
 ROUNDING = 1e-6  # of a third of a GPU, taken three times
 HELD_NODES = 8  # one in so many is held for large trials at most
 LOOK_S = 1.0  # how old what is known of the nodes may be
-
-Ending = Literal["done", "cuda-out-of-memory", "broken", "host-out-of-memory", "lost", "unsent"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a dispatch ended; there is a result where the worker could still answer."""
-
-    kind: Ending
-    result: TrialResult | None = None
-    cause: str = ""
-
-
-class Machines(Protocol):
-    """Where worker processes live; see ray_machines.RayMachines for what each is to do."""
-
-    def now(self) -> float: ...
-    def nodes(self) -> list[Node]: ...
-    def grows(self) -> bool: ...
-    def start(self, share: Share, node: str) -> Any: ...
-    def ready(self, worker: Any) -> Any: ...
-    def started(self, reference: Any) -> tuple[str, str]: ...
-    def send(
-        self, worker: Any, function: TrialFunction, spec: TrialSpec, batch_divisor: int, node: str
-    ) -> Any: ...
-    def wait(self, references: Sequence[Any], timeout_s: float) -> list[Any]: ...
-    def outcome(self, reference: Any) -> Outcome: ...
-    def dead(self, workers: Sequence[Any]) -> list[Any]: ...
-    def stop(self, worker: Any) -> None: ...
 
 
 @dataclass(eq=False)
@@ -200,8 +169,9 @@ class Pool:
         Raises UserError when several in a row could not, which is a node without our dependencies,
         or none is left with the driver's versions.
         """
+        place = slot.place
         slot.node, problem = self.machines.started(slot.starting)
-        if slot.node != slot.place:
+        if slot.node != place:
             self._put(slot, slot.node)
         if not problem:
             self._idle.setdefault(slot.share, {})[slot] = None
@@ -209,7 +179,9 @@ class Pool:
             return
         self.stop(slot)
         self._looked, refused, slot.node = -math.inf, bool(slot.node), ""
-        self._failed_starts += not refused  # a node that was refused is not tried again
+        gone = bool(place) and place not in self.nodes
+        if not (refused or gone):  # neither of which is tried again
+            self._failed_starts += 1
         none_left = refused and not self._able(slot.share) and not self.machines.grows()
         if none_left or self._failed_starts == MAX_FAILED_STARTS:
             raise UserError(f"no worker starts on the cluster: {problem}")

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from infra.cluster.pool import Outcome
+from infra.cluster.machines import Outcome
 from infra.cluster.resources import Node, Share
 from infra.cluster.worker import TrialFunction, Worker, describe_error, first_line
 from infra.provenance import compared_versions
@@ -35,7 +35,7 @@ class RayWorker(Worker):
 
 
 class RayMachines:
-    """The nodes of the cluster that this process is connected to; see pool.Machines."""
+    """The nodes of the cluster that this process is connected to; see machines.Machines."""
 
     def __init__(self, *, grows: bool = False) -> None:
         self._grows = grows

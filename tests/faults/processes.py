@@ -23,7 +23,8 @@ from typing import Any
 
 from infra.cluster import Share
 from infra.cluster.dispatch import Source, dispatch
-from infra.cluster.pool import Outcome, Pool
+from infra.cluster.machines import Outcome
+from infra.cluster.pool import Pool
 from infra.cluster.resources import Node, check_address
 from infra.cluster.transfer import damaged
 from infra.cluster.worker import TrialFunction, Worker
@@ -72,7 +73,7 @@ class Reference:
 
 
 class ProcessMachines:
-    """This machine, with room for two workers; see infra.cluster.pool.Machines."""
+    """This machine, with room for two workers; see infra.cluster.machines.Machines."""
 
     def __init__(self) -> None:
         self.processes = [Process() for _ in range(PARALLEL)]  # before there are any threads

@@ -261,6 +261,31 @@ def test_a_cell_that_cannot_be_opened_does_not_stop_the_others() -> None:
     assert run.end == "finished"
 
 
+class Broken(Many):
+    """A run whose folder is gone: nothing of it can be written, not even that it ends."""
+
+    def take(self, result: TrialResult) -> None:
+        raise UserError(f"cannot write {self.name}")
+
+    def stop(self, error: BaseException) -> None:
+        super().stop(error)
+        raise UserError(f"cannot write {self.name}")
+
+
+@pytest.mark.parametrize("keep_going", [True, False])
+def test_a_run_that_cannot_say_that_it_ends_does_not_keep_the_others(keep_going: bool) -> None:
+    cluster = VirtualCluster([node("n", cpus=2, gpus=2)])
+    runs = [Broken("a", 3, model="m"), Many("b", 3, model="m")]
+    entries = [entry(run) for run in runs]
+    if keep_going:
+        assert drive(cluster, entries, order=FAIR, keep_going=True) == ""
+    else:
+        with pytest.raises(UserError, match="cannot write a"):
+            drive(cluster, entries, order=FAIR)
+    ended = "finished" if keep_going else "stopped: cannot write a"
+    assert [run.end for run in runs] == ["stopped: cannot write a", ended]
+
+
 def test_of_hundreds_of_cells_few_are_open_and_no_worker_waits() -> None:
     """What a run holds in memory is held for 64 of them, unless those leave room."""
     for wave, most in ((4, FAIR.num_open), (1, 70)):
@@ -278,3 +303,16 @@ def test_of_hundreds_of_cells_few_are_open_and_no_worker_waits() -> None:
         drive(cluster, entries, order=FAIR)
         assert {run.end for run in runs} == {"finished"}
         assert max(open_at_once) <= most
+
+
+def test_what_a_cell_has_used_may_be_asked_while_its_trials_change() -> None:
+    """By the thread that draws the overview."""
+    drawn = entry(Many("a", 1))
+
+    class Begun(float):
+        def __rsub__(self, now: float) -> float:
+            drawn.out["next"] = now
+            return now - float(self)
+
+    drawn.out["first"] = Begun(10.0)
+    assert drawn.used_at(15.0) == 5.0

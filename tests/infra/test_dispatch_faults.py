@@ -1,12 +1,15 @@
-"""Trials that hang, and those that the host has no memory for, on simulated machines.
+"""Trials that hang, those that the host has no memory for, and lost nodes, on simulated machines.
 
 python -m pytest tests/infra/test_dispatch_faults.py
 """
 
 from typing import Any
 
-from infra.cluster import Outcome
+import pytest
+
+from infra.cluster import Outcome, Pool
 from infra.cluster.dispatch import Job
+from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
 from infra.specs import ClusterSpec
 from tests.infra.trials import act, trial
@@ -61,3 +64,31 @@ def test_a_trial_that_hangs_is_begun_again_by_the_median_of_the_others() -> None
     assert [result.attempts for result in results] == [1] * 5 + [2, 3, 1]
     assert results[6].cause == "lost 3 times: hung for 300 s"
     assert machines.now() < 3600
+
+
+def test_a_node_that_dies_while_its_workers_start_ends_nothing() -> None:
+    """Its eight workers are one fault of a node, and none of our dependencies."""
+    nodes = [node("a", cpus=8, gpus=8), node("b", cpus=8, gpus=8)]
+    cluster = VirtualCluster(nodes, start_s=20.0, changes=[(10.0, "a")])
+    specs = iter([trial(number, "ok") for number in range(16)])
+
+    def jobs(pool: Pool) -> Job | None:
+        spec = next(specs, None) if pool.fits(cluster.share) else None
+        return Job(spec, cluster.share) if spec else None
+
+    results = list(cluster.dispatch(act, jobs))
+    assert [result.state for result in results] == ["complete"] * 16
+    assert {where for _, where, _ in cluster.machines.log} == {"b"}
+
+
+def test_a_node_on_which_no_worker_starts_is_said() -> None:
+    class Bare(VirtualMachines):
+        def started(self, reference: int) -> tuple[str, str]:
+            super().started(reference)
+            return "", "No module named 'torch'"
+
+    cluster = VirtualCluster([node("a", cpus=2)])
+    cluster.machines = cluster.pool.machines = Bare([node("a", cpus=2)])
+    job = Job(trial(0, "ok"), cluster.share)
+    with pytest.raises(UserError, match="no worker starts on the cluster: No module named"):
+        list(cluster.dispatch(act, lambda pool: job if pool.fits(cluster.share) else None))

@@ -33,11 +33,12 @@ class VirtualWorker:
     def __init__(self, share: Share, place: str, ready: float) -> None:
         self.share, self.place, self.ready = share, place, ready
         self.alive = True
+        self.lost = False  # with its node
         self.model: ModelSpec | None = None
 
 
 class VirtualMachines:
-    """See infra.cluster.pool.Machines."""
+    """See infra.cluster.machines.Machines."""
 
     def __init__(
         self,
@@ -48,7 +49,10 @@ class VirtualMachines:
         start_s: float = 0.0,
         load_s: float = 0.0,
         grows: Callable[[Share], Node | None] | None = None,
+        changes: Sequence[tuple[float, str | Node]] = (),
     ) -> None:
+        """Of `changes`, a name is a node that goes at that moment, a Node one that comes."""
+        self._changes = sorted(changes, key=lambda change: change[0])
         self._nodes = {each.node: each for each in nodes}
         self.seconds, self.answer, self.start_s, self.load_s = seconds, answer, start_s, load_s
         self.grow = grows
@@ -62,6 +66,7 @@ class VirtualMachines:
         self._done: set[int] = set()
         self._worker_of: dict[int, VirtualWorker] = {}  # by event
         self._starting: dict[int, VirtualWorker] = {}
+        self._sent_to: dict[int, VirtualWorker] = {}  # trials
         self._workers: set[VirtualWorker] = set()
 
     def now(self) -> float:
@@ -109,7 +114,8 @@ class VirtualMachines:
     def started(self, reference: int) -> tuple[str, str]:
         """Its node."""
         self._done.remove(reference)
-        return self._starting.pop(reference).place, ""
+        worker = self._starting.pop(reference)
+        return ("", "the worker died") if worker.lost else (worker.place, "")
 
     def send(
         self,
@@ -130,6 +136,7 @@ class VirtualMachines:
         self._results[number] = self.answer(spec)
         heapq.heappush(self._events, (self.clock + takes, number))
         self._worker_of[number] = worker
+        self._sent_to[number] = worker
         return number
 
     def wait(self, references: Sequence[int], timeout_s: float) -> list[int]:
@@ -137,6 +144,9 @@ class VirtualMachines:
         if done := [each for each in references if each in self._done]:
             return done
         end = self.clock + timeout_s
+        first = min(end, self._events[0][0]) if self._events else end
+        while self._changes and self._changes[0][0] <= first:
+            self._change(*self._changes.pop(0))
         while self._events and (self._events[0][0] <= end or timeout_s == math.inf):
             when, number = heapq.heappop(self._events)
             if not self._worker_of.pop(number).alive:
@@ -148,14 +158,31 @@ class VirtualMachines:
         self.clock = end
         return []
 
+    def _change(self, when: float, what: str | Node) -> None:
+        """A node comes, or it goes with its workers, and what waits for them hears of it."""
+        self.clock = max(self.clock, when)
+        if isinstance(what, Node):
+            self._nodes[what.node] = what
+            return
+        del self._nodes[what]
+        for worker in self._workers:
+            worker.lost = worker.lost or worker.place == what
+        events = self._events
+        for index, (_, number) in enumerate(events):
+            if self._worker_of[number].lost:
+                events[index] = (self.clock, number)
+        heapq.heapify(events)
+
     def outcome(self, reference: int) -> Outcome:
-        """Always a result."""
+        """A result, unless the node was lost."""
         self._done.remove(reference)
+        if self._sent_to.pop(reference).lost:
+            return Outcome("lost", cause="the node died")
         return Outcome("done", self._results.pop(reference))
 
     def dead(self, workers: Sequence[VirtualWorker]) -> list[Any]:
-        """None of them."""
-        return []
+        """Those whose node is gone."""
+        return [worker for worker in workers if worker.lost]
 
     def stop(self, worker: VirtualWorker) -> None:
         """Its room is free at once."""
