@@ -9,7 +9,6 @@ trials, is done once. A cell that fails ends alone. Finished cells are not touch
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
@@ -122,13 +121,24 @@ class CellRuns:
         return _CellRun(store, pinned, self.cluster, view, _plan, self._descriptions)
 
     def _look_at(self, cell: Cell) -> None:
-        """Take over what a cell has finished; raises UserError where it belongs to another spec."""
+        """Take over what a cell has finished; one whose files are damaged ends alone.
+
+        Raises UserError where it belongs to another spec.
+        """
         if not (cell.folder / "run.json").exists():
             return
-        store = RunStore.read(cell.folder)
-        if store.spec.identity() != cell.spec.identity():
-            RunStore.open(cell.spec).close()  # which says what differs, where trials were begun
+        try:
+            store = RunStore.read(cell.folder)
+            if is_ours := store.spec.identity() == cell.spec.identity():
+                self._take_over(cell, store)
+        except UserError as error:
+            self.todo = [each for each in self.todo if each is not cell]
+            self.views(cell).event({"kind": "stopped", "reason": str(error)})
             return
+        if not is_ours:
+            RunStore.open(cell.spec).close()  # which says what differs, where trials were begun
+
+    def _take_over(self, cell: Cell, store: RunStore) -> None:
         used_s = 0.0
         for number in store.numbers():
             result = store.result(number)
@@ -177,13 +187,17 @@ class _CellRun(Run):
 
 def _is_finished(cell: Cell) -> bool:
     """Whether a cell has its report, of finals that all succeeded, and what it was to save."""
-    path = cell.folder / "report.json"
-    if not path.exists() or RunStore.read(cell.folder).spec.identity() != cell.spec.identity():
-        return False
     if cell.spec.compare.checkpoints and not (cell.folder / "best").exists():
         return False
-    trials = json.loads(path.read_bytes())["trials"]
-    return not any(t["state"] == "failed" and t["stage"] == "final" for t in trials)
+    if not (cell.folder / "report.json").exists():
+        return False
+    try:
+        store = RunStore.read(cell.folder)
+        report = store.report() or {"trials": []}
+    except UserError:  # a report is made again; of other files a start says what is wrong
+        return False
+    failed = any(t["state"] == "failed" and t["stage"] == "final" for t in report["trials"])
+    return not failed and store.spec.identity() == cell.spec.identity()
 
 
 def _plan(spec: Spec, model: ModelRecord, results: Results) -> list[TrialSpec]:

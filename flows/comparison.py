@@ -3,8 +3,9 @@
     write_comparison(Path("runs/compare_smollm2"))    # or: sparseramp report runs/compare_smollm2
 
 Every cell is a row, whatever became of it: `refused` before its first trial, `failed` with trials
-but no result. So is what an earlier start with other lists has finished. Across models, losses are
-shown relative to the dense model's or in bits per byte, since tokens differ.
+but no result, `damaged` where a file of it cannot be read. So is what an earlier start with other
+lists has finished. Across models, losses are shown relative to the dense model's or in bits per
+byte, since tokens differ.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from flows.cells import Cell, cells_of, earlier_cells
 from flows.figures import RUNG_COLOURS, Figure
 from flows.plan import ladder, measuring_passes, search_trial, token_passes
 from flows.report import page
+from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult
 from infra.store import RunStore, write_atomic
 from tasks.allocation import NOT_REPRODUCED
@@ -156,14 +158,18 @@ def row_of(cell: Cell) -> Row:
     }
     if not (cell.folder / "run.json").exists():
         return row | {"state": "missing", "cause": "not begun: the same command goes on"}
-    store = RunStore.read(cell.folder)
-    path = store.path("report.json")
-    if not path.exists():
-        return row | _unfinished(store)
-    report, results = json.loads(path.read_bytes()), list(store.results().values())
-    best, gain = report["best"], report["gain"]
+    try:
+        store = RunStore.read(cell.folder)
+        report = store.report()
+        return row | (_unfinished(store) if report is None else _finished(cell, store, report))
+    except UserError as error:
+        return row | {"state": "damaged", "cause": str(error)}
+
+
+def _finished(cell: Cell, store: RunStore, report: dict[str, Any]) -> Row:
+    best, gain, results = report["best"], report["gain"], list(store.results().values())
     rates = [matrix["rate"] for matrix in best["rates"]]
-    return row | {
+    return {
         "state": "complete",
         "label": best["label"],
         **{key: best[key] for key in ("beta", "tilt")},
@@ -206,7 +212,7 @@ def _unfinished(store: RunStore) -> Row:
     """Why a cell has no report: what its last driver said, and what became of its last trials."""
     failed = [r for r in store.results().values() if r.state == "failed"]
     finals = [r for r in failed if r.spec.stage == "final"]
-    last = store.events()[-1]
+    last = (store.events() or [{"event": ""}])[-1]
     if last["event"] == "stopped" and last["cause"] == "BudgetSpent":
         return {"state": "stopped", "cause": last["reason"]}
     if last["event"] != "stopped" or last["cause"] != "UserError":

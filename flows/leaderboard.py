@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +24,7 @@ from flows.comparison import Row, row_of
 from flows.figures import RUNG_COLOURS, Figure
 from flows.live import duration
 from flows.report import page
+from infra.errors import UserError
 from infra.store import RunStore, write_atomic
 from infra.study_files import StudySpec
 from tasks.statistics import plus_minus
@@ -37,12 +39,16 @@ COLUMNS += ["used_s", "peak_memory_bytes", "priority", "report"]
 def write_leaderboard(folder: Path) -> dict[str, Any]:
     """Make the three files from those of the cells, and return what leaderboard.json holds."""
     store = RunStore.read(folder)
-    study = StudySpec.model_validate_json(store.path(STUDY).read_bytes())
-    study = study.model_copy(update={"dir": str(folder)})  # it may have been moved
-    board = Leaderboard(store, study_cells(study))
+    board = Leaderboard(store, study_cells_in(store))
     ends = [e for e in store.events() if e["event"] in ("stopped", "finished", "resumed")]
     spent = ends[-1].get("reason", "") if ends and ends[-1].get("cause") == "BudgetSpent" else ""
     return board.write(spent)
+
+
+def study_cells_in(store: RunStore) -> list[Cell]:
+    """The cells of a study; raises UserError where study.json cannot be read."""
+    study = store.parse(STUDY, TypeAdapter(StudySpec))
+    return study_cells(study.model_copy(update={"dir": str(store.dir)}))  # it may have been moved
 
 
 class Leaderboard:
@@ -96,10 +102,11 @@ class Leaderboard:
 
 def _earlier_rows(store: RunStore) -> dict[str, Row]:
     """Of the leaderboard that is there: of finished cells it need not be found out again."""
-    path = store.path("leaderboard.json")
-    if not path.exists():
+    try:
+        board = store.parse("leaderboard.json", TypeAdapter(dict[str, Any]))
+    except UserError:  # there is none, or it is damaged
         return {}
-    return {row["cell"]: row for row in json.loads(path.read_bytes())["rows"]}
+    return {row["cell"]: row for row in board["rows"]}
 
 
 def _stamp(cell: Cell) -> int:
@@ -110,7 +117,7 @@ def _stamp(cell: Cell) -> int:
 
 def _row(cell: Cell) -> Row:
     row: Row = {"trials": 0, "used_s": 0.0, "peak_memory_bytes": 0, **row_of(cell)}
-    if row["state"] != "missing":
+    if row["state"] not in ("missing", "damaged"):
         store = RunStore.read(cell.folder)
         row["trials"] = len(store.numbers())
         if row["state"] != "complete":

@@ -15,14 +15,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flows.cells import Cell, cells_of, study_cells
+from flows.cells import Cell, cells_of
 from flows.comparison import row_of
-from flows.leaderboard import STUDY
+from flows.leaderboard import STUDY, study_cells_in
 from flows.live import duration
 from flows.plan import best_so_far, planned_trials
 from infra.driver import driver_of
+from infra.errors import UserError
 from infra.store import RunStore
-from infra.study_files import StudySpec
 
 Status = dict[str, Any]
 
@@ -58,8 +58,7 @@ def cells_in(store: RunStore) -> list[Cell]:
     if store.command == "compare":
         return cells_of(store.spec, store.dir)
     if store.command == "study" and store.path(STUDY).exists():
-        study = StudySpec.model_validate_json(store.path(STUDY).read_bytes())
-        return study_cells(study.model_copy(update={"dir": str(store.dir)}))
+        return study_cells_in(store)
     return []
 
 
@@ -90,14 +89,18 @@ def _run(store: RunStore) -> Status:
 def _cell(cell: Cell) -> Status:
     row = row_of(cell)
     known = {"cell": cell.name, "state": row["state"], "cause": row["cause"], "age_s": None}
-    if row["state"] == "missing":
-        none = {"complete": 0, "failed": 0, "planned": planned_trials(cell.spec, None, {})}
-        return known | {"trials": none, "best": None, "used_s": 0.0}
+    none = {"complete": 0, "failed": 0, "planned": planned_trials(cell.spec, None, {})}
+    known |= {"trials": none, "best": None, "used_s": 0.0}
+    if row["state"] in ("missing", "damaged"):
+        return known
     store = RunStore.read(cell.folder)
     events = store.events()
     if row["state"] == "unfinished" and driver_of(cell.folder):
-        known |= {"state": "going", "cause": events[-1]["event"]}
-    return known | _run(store) | {"age_s": _age_s(events[-1]["time"]) if events else None}
+        known |= {"state": "going", "cause": events[-1]["event"] if events else ""}
+    try:
+        return known | _run(store) | {"age_s": _age_s(events[-1]["time"]) if events else None}
+    except UserError as error:
+        return known | {"state": "damaged", "cause": str(error)}
 
 
 def _age_s(time: str) -> float:

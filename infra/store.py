@@ -21,10 +21,9 @@ import shutil
 import socket
 import tomllib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -39,6 +38,7 @@ VERSION = 1
 TEMP_PREFIX = ".tmp-"  # whatever begins so, file or folder, is removed when a run is opened
 _WAVE = TypeAdapter(list[TrialSpec])
 _RESULT, _MODEL = TypeAdapter(TrialResult), TypeAdapter(ModelRecord)
+_EVENTS, _REPORT = TypeAdapter(list[dict[str, Any]]), TypeAdapter(dict[str, Any])
 _T = TypeVar("_T")
 
 
@@ -99,9 +99,8 @@ class RunStore:
                         f"{directory} belongs to another spec, {', '.join(changes)}: undo the "
                         "change or choose another run.dir"
                     )
-            canonical = json.dumps(identity, sort_keys=True).encode()
             header |= {
-                "digest": hashlib.sha256(canonical).hexdigest(),
+                "digest": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
                 "identity": identity,
                 "provenance": dict(provenance()),
             }
@@ -130,12 +129,7 @@ class RunStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -162,7 +156,7 @@ class RunStore:
         paths = self._numbered("waves")
         if paths and int(paths[-1].stem) >= len(paths):  # the next one would take its number
             raise UserError(f"{self.dir}/waves has a gap: restore what is missing, or delete all")
-        return [self._parse(path, _WAVE) for path in paths]
+        return [self.parse(f"waves/{path.name}", _WAVE) for path in paths]
 
     def write_wave(self, index: int, specs: Sequence[TrialSpec]) -> None:
         """Write down a wave's candidates; do so before its first trial starts."""
@@ -174,7 +168,7 @@ class RunStore:
 
     def result(self, number: int) -> TrialResult:
         """One finished trial."""
-        return self._parse(self.dir / f"trials/{number:05d}.json", _RESULT)
+        return self.parse(f"trials/{number:05d}.json", _RESULT)
 
     def results(self) -> dict[int, TrialResult]:
         """All finished trials, failed ones included, in number order."""
@@ -187,8 +181,7 @@ class RunStore:
 
     def model(self) -> ModelRecord | None:
         """What the model is made of, once that was found out."""
-        path = self.dir / "model.json"
-        return self._parse(path, _MODEL) if path.exists() else None
+        return self.parse("model.json", _MODEL) if self.path("model.json").exists() else None
 
     def write_model(self, model: ModelRecord) -> None:
         """Write down what the model is made of."""
@@ -205,33 +198,41 @@ class RunStore:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def events(self) -> list[dict[str, Any]]:
-        """All events but one that is being written."""
-        path = self.dir / "events.jsonl"
-        if not path.exists():
+        """All events but one that is being written; none where a start was killed before it."""
+        if not self.path("events.jsonl").exists():
             return []
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        return self.parse("events.jsonl", _EVENTS, _whole_lines)
+
+    def report(self) -> dict[str, Any] | None:
+        """What report.json holds, once it is written."""
+        return self.parse("report.json", _REPORT) if self.path("report.json").exists() else None
 
     def _write(self, name: str, data: bytes) -> None:
         self.check_owner()
         write_atomic(self.dir / name, data)
 
     def _numbered(self, folder: str) -> list[Path]:
-        return sorted(
-            (path for path in (self.dir / folder).glob("*.json") if path.stem.isdecimal()),
-            key=lambda path: int(path.stem),
-        )
+        paths = (self.dir / folder).glob("*.json")
+        return sorted((p for p in paths if p.stem.isdecimal()), key=lambda path: int(path.stem))
 
-    def _parse(self, path: Path, adapter: TypeAdapter[_T]) -> _T:
+    def parse(
+        self, name: str, adapter: TypeAdapter[_T], edit: Callable[[bytes], bytes] = bytes
+    ) -> _T:
+        """What a file of the run holds; raises UserError where it is damaged."""
+        path = self.dir / name
         try:
-            return adapter.validate_json(path.read_bytes())
+            return adapter.validate_json(edit(path.read_bytes()))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         except ValidationError as error:
-            first = error.errors()[0]
             raise UserError(
-                f"{path} is damaged ({first['msg']}): restore it, or delete it and start again "
-                "to repeat its work"
+                f"{path} is damaged ({error.errors()[0]['msg']}): restore it, or delete it and "
+                "start again to repeat its work"
             ) from None
+
+
+def _whole_lines(data: bytes) -> bytes:
+    return b"[%s]" % data.rpartition(b"\n")[0].replace(b"\n", b",")
 
 
 @contextlib.contextmanager
@@ -282,9 +283,8 @@ def _acquire(directory: Path) -> tuple[int, bytes]:
             raise
         start = datetime.now(UTC).isoformat(timespec="microseconds")
         fields = {"host": socket.gethostname(), "pid": os.getpid(), "start": start}
-        mark = json.dumps(fields).encode()
         os.ftruncate(lock, 0)
-        os.write(lock, mark)
+        os.write(lock, mark := json.dumps(fields).encode())
     return lock, mark
 
 

@@ -161,8 +161,10 @@ class _Mirror:
         return str(self.runs[key].info.run_id)
 
     def _parent(self) -> str:
-        begun = datetime.fromisoformat(self.store.events()[0]["time"]).timestamp()
-        run = self._open(PARENT, self.store.dir.resolve().name, int(begun * 1000), {})
+        events = self.store.events()  # none where a start was killed before its first
+        begun = datetime.fromisoformat(events[0]["time"]) if events else datetime.now()
+        start_ms = int(begun.timestamp() * 1000)
+        run = self._open(PARENT, self.store.dir.resolve().name, start_ms, {})
         self._log(run, 0, _flat(self.store.spec.identity()), {})
         if self.runs[PARENT].info.status != "RUNNING":  # resumed
             self.client.update_run(run, status="RUNNING")
@@ -324,10 +326,8 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"prune": {"beta": 0.01}}` as `{"prune.beta": 0.01}`."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        name = prefix + key
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat
 
 

@@ -6,15 +6,18 @@ python -m pytest tests/flows/test_comparison.py
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from flows.cells import cells_of
+from flows.cell_runs import CellRuns, unfinished
+from flows.cells import Cell, cells_of
 from flows.compare import _CellView
 from flows.comparison import _table, print_comparison, write_comparison
 from flows.report import write_report
+from flows.status import status
 from infra.store import RunStore
 from tests.browser import draw, needs_browser
 from tests.flows.test_report import make_model, make_run, make_spec
@@ -110,3 +113,57 @@ def test_a_cell_that_ends_is_called_as_in_its_row(tmp_path: Path, trials: int, s
         (row, *_) = write_comparison(tmp_path)["rows"]
     assert file.getvalue() == f"{cell.name}  {state}: no room\n"
     assert (row["state"], row["cause"]) == (state, "no room")
+
+
+@pytest.mark.parametrize("left", [None, b"", b'{"time": "2026-01-'])
+def test_a_cell_whose_start_was_killed_before_its_first_event_goes_on(
+    tmp_path: Path, left: bytes | None
+) -> None:
+    spec = make_spec(compare=LISTS, run={"dir": str(tmp_path)})
+    cell = cells_of(spec)[0]
+    with RunStore.open(spec, "compare"):
+        RunStore.open(cell.spec).close()
+        (cell.folder / "events.jsonl").unlink()
+        if left is not None:
+            (cell.folder / "events.jsonl").write_bytes(left)
+        (row, *_) = write_comparison(tmp_path)["rows"]
+    assert (row["state"], row["cause"]) == ("unfinished", "the same command goes on")
+    assert status(tmp_path)["cells"][0]["state"] == "unfinished"
+
+
+class Told:
+    """What a cell tells while nothing else is shown."""
+
+    def __init__(self, events: dict[str, Any], cell: Cell) -> None:
+        self.events, self.cell = events, cell
+
+    def event(self, event: dict[str, Any]) -> None:
+        self.events[self.cell.name] = event
+
+
+@pytest.mark.parametrize(
+    "name", ["trials/00003.json", "model.json", "run.json", "events.jsonl", "report.json"]
+)
+def test_a_damaged_file_ends_its_own_cell_alone(folder: Path, tmp_path: Path, name: str) -> None:
+    copy = shutil.copytree(folder, tmp_path / "compare")
+    spec = make_spec(compare=LISTS | {"allocations": ["uniform"]}, run={"dir": str(copy)})
+    cell, other = cells_of(spec)
+    (cell.folder / name).write_bytes(b'{"a": [\n')
+    if name not in ("report.json", "run.json"):
+        (cell.folder / "report.json").unlink()
+    with RunStore.open(spec, "compare"):
+        rows = {row["cell"]: row for row in write_comparison(copy)["rows"]}
+        shown = {row["cell"]: row for row in status(copy)["cells"]}
+    assert rows[other.name]["state"] == shown[other.name]["state"] == "complete"
+    if name != "model.json":  # which no row reads
+        assert rows[cell.name]["state"] == "damaged"
+        assert rows[cell.name]["cause"].startswith(f"{cell.folder / name} is damaged (")
+    assert shown[cell.name]["state"] == "damaged"
+    assert unfinished([cell, other]) == [cell]
+    if name in ("report.json", "events.jsonl"):  # a start makes or reads them later
+        return
+    told: dict[str, Any] = {}
+    runs = CellRuns([cell, other], lambda cell: Told(told, cell))
+    assert runs.todo == [] and list(told) == [cell.name]
+    assert told[cell.name]["kind"] == "stopped"
+    assert f"{cell.folder / name} is damaged (" in told[cell.name]["reason"]

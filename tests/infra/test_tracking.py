@@ -71,6 +71,12 @@ def store(
         yield opened
 
 
+def test_a_run_without_a_first_event_arrives(store: RunStore) -> None:
+    (store.dir / "events.jsonl").unlink()
+    assert sync(store.dir) == 0
+    assert len(runs(store)) == 4
+
+
 def test_search_and_trials_arrive_whole(store: RunStore) -> None:
     assert tracking.pending(store.dir) == 3
     assert sync(store.dir) == 0
