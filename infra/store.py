@@ -328,10 +328,7 @@ def _repair(directory: Path) -> None:
     """Remove what a killed writer left: temporary files, and the torn last line of events."""
     for folder in (directory, *(directory / name for name in ("waves", "trials", "best"))):
         for left in folder.glob(f"{TEMP_PREFIX}*"):
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     events = directory / "events.jsonl"
     if events.exists():
         os.truncate(events, events.read_bytes().rfind(b"\n") + 1)
