@@ -332,7 +332,7 @@ class _Loop:
 
 
 def _stop(driven: Driven | None, error: BaseException) -> None:
-    """End a run; where its files are what has failed, that ends no other."""
+    """End a run; where its files are what has failed, and cannot say so, that ends no other."""
     with suppress(UserError):
         if driven is not None:
             driven.stop(error)

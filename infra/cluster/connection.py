@@ -131,9 +131,9 @@ class Cluster:
         A trial never raises: it fails with its cause, after these retries: its worker or node is
         lost, or it takes 10 times as long as those like it, again, at most 3 dispatches; CUDA is
         out of memory, once with half the batch; the host is out of memory, once with nothing
-        beside it. `specs` is read as workers come free; a None in it says that there is nothing
-        now, and is asked again after the next result. Leaving the iterator early stops the trials
-        in flight.
+        beside it on its node. `specs` is read as workers come free; a None in it says that there
+        is nothing now, and is asked again after the next result. Leaving the iterator early stops
+        the trials in flight.
         """
         source = iter(specs)
 

@@ -49,7 +49,7 @@ class Trial:
     attempts: int = 0
     lost: int = 0
     batch_divisor: int = 1
-    alone: bool = False  # the host was out of memory
+    alone: bool = False  # the host was out of memory: nothing beside it on its node
     not_before: float = 0.0
     sent_at: float = 0.0
     deadline: float = math.inf  # when it counts as hung
@@ -76,12 +76,16 @@ def dispatch(pool: Pool, function: TrialFunction, source: Source) -> Iterator[Tr
     waiting: deque[Trial] = deque()
     busy: Busy = {}
     deadlines = Deadlines()
+    too_large: dict[str, str] = {}  # of kinds of trial that had a node to themselves: how it ended
     pool.drop_dead_workers()
     try:
         while True:
+            for trial in [trial for trial in waiting if trial.alone and trial.kind in too_large]:
+                waiting.remove(trial)
+                yield trial.ended(failed(trial.job.spec, too_large[trial.kind]))
             _send(pool, function, waiting, busy)
             pool.release()
-            while _may_begin(pool, waiting, busy) and (job := source(pool)):
+            while len(waiting) + len(busy) < pool.limit and (job := source(pool)):
                 waiting.append(Trial(job))
                 pool.claim(job.share)
             pool.provide()
@@ -95,10 +99,12 @@ def dispatch(pool: Pool, function: TrialFunction, source: Source) -> Iterator[Tr
                 slot, trial = busy.pop(ref)
                 pool.ended(slot)
                 trial.held_s += pool.machines.now() - trial.sent_at
-                result = _collect(pool, ref, slot, trial)
+                pool.emptied = "" if trial.alone else pool.emptied
+                result = _collect(pool, ref, slot, trial, too_large)
                 if result is None:
                     waiting.appendleft(trial)
-                    pool.claim(trial.job.share)
+                    if not trial.alone:
+                        pool.claim(trial.job.share)
                 else:
                     if result.state == "complete":
                         deadlines.note(trial.kind, pool.machines.now() - trial.sent_at)
@@ -109,26 +115,14 @@ def dispatch(pool: Pool, function: TrialFunction, source: Source) -> Iterator[Tr
         pool.forget_claims()
 
 
-def _may_begin(pool: Pool, waiting: deque[Trial], busy: Busy) -> bool:
-    if any(trial.alone for trial in (*waiting, *(trial for _, trial in busy.values()))):
-        return False
-    return len(waiting) + len(busy) < pool.limit
-
-
 def _send(pool: Pool, function: TrialFunction, waiting: deque[Trial], busy: Busy) -> None:
     """Give waiting trials to idle workers that have their share."""
     now = pool.machines.now()
-    if any(trial.alone for _, trial in busy.values()):
-        return
     for trial in [trial for trial in waiting if trial.not_before <= now]:
-        if trial.alone and busy:
-            return
-        slot = pool.take(trial.job.share, trial.job.spec.model)
+        take = pool.take_alone if trial.alone else pool.take
+        slot = take(trial.job.share, trial.job.spec.model)
         if slot is None:
             continue
-        if trial.alone:  # idle workers hold memory, too
-            for other in [other for other in pool.slots if other is not slot]:
-                pool.stop(other)
         waiting.remove(trial)
         trial.attempts += 1
         trial.sent_at = now
@@ -137,8 +131,6 @@ def _send(pool: Pool, function: TrialFunction, waiting: deque[Trial], busy: Busy
             slot.worker, function, trial.job.spec, trial.batch_divisor, slot.node
         )
         busy[ref] = (slot, trial)
-        if trial.alone:
-            return
 
 
 def _wait(pool: Pool, waiting: deque[Trial], busy: Busy) -> list[Any]:
@@ -157,7 +149,9 @@ def _wait(pool: Pool, waiting: deque[Trial], busy: Busy) -> list[Any]:
     return [ref for ref in done if ref in busy] or late
 
 
-def _collect(pool: Pool, ref: Any, slot: Slot, trial: Trial) -> TrialResult | None:
+def _collect(
+    pool: Pool, ref: Any, slot: Slot, trial: Trial, too_large: dict[str, str]
+) -> TrialResult | None:
     """The result of a dispatch; None where the trial is to be dispatched again."""
     spec = trial.job.spec
     if not pool.machines.wait([ref], 0.0):
@@ -172,6 +166,8 @@ def _collect(pool: Pool, ref: Any, slot: Slot, trial: Trial) -> TrialResult | No
         case "host-out-of-memory":
             pool.stop(slot)
             if trial.alone:
+                too_large[trial.kind] = ended.cause
+            if trial.kind in too_large:  # the next of its kind leave the others their node
                 return failed(spec, ended.cause)
             trial.alone = True
             return None

@@ -59,6 +59,7 @@ class Pool:
         self._free: Counter[Share] = Counter()  # workers with a place and without a trial
         self._idle: dict[Share, dict[Slot, None]] = {}  # those of them that have started
         self.held: dict[str, Share] = {}  # nodes that are kept for one share
+        self.emptied = ""  # the node that is kept for one trial
         self._failed_starts = 0
 
     @property
@@ -98,13 +99,10 @@ class Pool:
         """
         if len(self.held) >= max(1, len(self._nodes) // HELD_NODES):
             return False
-        taken = dict[str, float]()
-        for name in self._able(share) - self.held.keys():
-            weights = sum(slot.share.weight for slot in self._on.get(name, ()) if slot.busy)
-            taken[name] = weights / (self.nodes[name].gpus or 1)
-        if taken:
-            self.held[min(sorted(taken), key=taken.__getitem__)] = share
-        return bool(taken)
+        name = self._least_busy(self._able(share) - self.held.keys() - {self.emptied})
+        if name:
+            self.held[name] = share
+        return bool(name)
 
     def release(self) -> None:
         """Begin anew with what is wanted; workers asked for in vain are given up."""
@@ -153,6 +151,28 @@ class Pool:
         self._free[share] -= 1
         return slot
 
+    def take_alone(self, share: Share, model: ModelSpec) -> Slot | None:
+        """As `take`, on a node with nothing else of ours, not even idle workers, which hold memory;
+        none while one is emptied. Claims are not for it. One at a time, until `emptied` is reset.
+        """
+        if self.emptied not in self.nodes:
+            self.emptied = self._least_busy(self._able(share))
+        here = list(self._on.get(self.emptied, ()))
+        if not self._able(share):
+            self.wanted.add(share)
+        if self.emptied not in self._able(share) or any(slot.busy for slot in here):
+            return None
+        mine = next((slot for slot in here if slot.share == share), None)
+        for other in [slot for slot in here if slot is not mine]:
+            self.stop(other)
+        mine = mine or self._start(share, self.emptied)
+        if not mine.node:
+            return None
+        mine.busy, mine.model = True, model
+        del self._idle[share][mine]
+        self._free[share] -= 1
+        return mine
+
     def ended(self, slot: Slot) -> None:
         """Its trial has."""
         slot.busy = False
@@ -161,7 +181,7 @@ class Pool:
 
     def idle(self, share: Share) -> list[Slot]:
         """Workers of that share that a trial can be sent to."""
-        return list(self._idle.get(share, ()))
+        return [slot for slot in self._idle.get(share, ()) if slot.place != self.emptied]
 
     def started(self, slot: Slot) -> None:
         """Wait until a worker has started.
@@ -220,6 +240,7 @@ class Pool:
     def forget_claims(self) -> None:
         """No trial waits any more."""
         self._claims.clear()
+        self.emptied = ""
 
     def drop_dead_workers(self) -> None:
         """So that a lost node costs a trial one dispatch, not one for each worker it had."""
@@ -243,12 +264,21 @@ class Pool:
             self._able_of[share] = able
         return self._able_of[share]
 
+    def _least_busy(self, names: set[str]) -> str:
+        """Of these nodes, the one that can be made free soonest; empty if there is none."""
+
+        def busy(name: str) -> float:
+            weights = sum(slot.share.weight for slot in self._on.get(name, ()) if slot.busy)
+            return weights / (self._nodes[name].gpus or 1)
+
+        return min(sorted(names), key=busy, default="")
+
     def _put(self, slot: Slot, place: str) -> None:
         """Move what a worker takes from one node's account to another's; empty is none's."""
         for name, sign in ((slot.place, -1), (place, 1)):
             if name:
                 old = self._taken.get(name, [0.0, 0.0, 0.0])
-                needs = _needs(slot.share)
+                needs = slot.share.needs
                 self._taken[name] = [a + sign * b for a, b in zip(old, needs, strict=True)]
                 here = self._on.setdefault(name, set())
                 (here.add if sign > 0 else here.discard)(slot)
@@ -258,7 +288,7 @@ class Pool:
     def _spare(self, share: Share) -> int:
         """Workers of that share, starting ones included, that no trial waits for."""
         free = self._free[share] - self._claims[share]
-        for name, other in self.held.items():
+        for name, other in {**self.held, self.emptied: None}.items():
             if other != share:
                 held = self._on.get(name, ())
                 free -= sum(not slot.busy and slot.share == share for slot in held)
@@ -270,10 +300,10 @@ class Pool:
         The node with the most room, so that trials spread; with workers of different shares the
         one with the least, so that large ones find a node.
         """
-        cpus, gpus, memory = _needs(share)
+        cpus, gpus, memory = share.needs
         room: dict[str, tuple[float, float, float]] = {}  # that a worker would leave
         for name in self._able(share):
-            if self.held.get(name, share) == share:
+            if self.held.get(name, share) == share and name != self.emptied:
                 node = self._nodes[name]
                 taken = self._taken.get(name, (0.0, 0.0, 0.0))
                 room[name] = (
@@ -302,7 +332,7 @@ class Pool:
                 if slot.node and not slot.busy and spare.get(slot.share, 0) > 0:
                     spare[slot.share] -= 1
                     going.append(slot)
-                    needs = _needs(slot.share)
+                    needs = slot.share.needs
                     left = (left[0] + needs[0], left[1] + needs[1], left[2] + needs[2])
             if min(left) >= -ROUNDING and (best is None or len(going) < best[0]):
                 best = (len(going), name, going)
@@ -314,9 +344,3 @@ class Pool:
             if len(going) < over and slot not in going and left_of > 0:
                 going.append(slot)
         return (best[1], going) if len(going) >= over else None
-
-
-def _needs(share: Share) -> tuple[float, float, float]:
-    """CPUs, GPUs and memory that a worker takes: a CPU if nothing else."""
-    cpus = share.cpus if share.cpus or share.gpus or share.memory_bytes else 1.0
-    return cpus, share.gpus, share.memory_bytes

@@ -45,6 +45,12 @@ class Share:
         return self.gpus or self.cpus or 1.0
 
     @property
+    def needs(self) -> tuple[float, float, float]:
+        """CPUs, GPUs and memory that a worker takes: a CPU if nothing else."""
+        cpus = self.cpus if self.cpus or self.gpus or self.memory_bytes else 1.0
+        return cpus, self.gpus, self.memory_bytes
+
+    @property
     def no_node(self) -> str:
         """What is said while no node that is there holds it, and an autoscaler may add one."""
         needs = f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"

@@ -5,11 +5,11 @@ python -m pytest tests/flows/test_cell_faults.py
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from flows.cell_runs import CellRuns
+from flows.cell_runs import CellRuns, Connect
 from flows.cells import Cell, study_cells
 from infra.specs import ClusterSpec
 from infra.store import RunStore
@@ -54,7 +54,7 @@ def test_a_folder_that_is_gone_or_locked_is_the_end_of_its_cell_alone(tmp_path: 
     views = {cell.name: Removes(cell, "model" if cell is gone else "") for cell in cells}
     runs = CellRuns(cells, lambda cell: views[cell.name])
     with RunStore.open(large.spec):
-        assert runs.drive(ClusterSpec(), connect=processes.connect) == ""
+        assert runs.drive(ClusterSpec(), connect=cast(Connect, processes.connect)) == ""
     last = {name: view.events[-1] for name, view in views.items()}
     assert last[gone.name]["kind"] == last[large.name]["kind"] == "stopped"
     assert str(gone.folder) in last[gone.name]["reason"]

@@ -3,26 +3,31 @@
 python -m pytest tests/infra/test_dispatch_faults.py
 """
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
+from flows.dispatch_loop import FAIR, Budget, Entry, drive
 from infra.cluster import Outcome, Pool
 from infra.cluster.dispatch import Job
 from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
 from infra.specs import ClusterSpec
+from tests.flows.test_dispatch_loop import Many
 from tests.infra.trials import act, trial
 from tests.infra.virtual import VirtualCluster, VirtualMachines, node
 
 
 class Faulty(VirtualMachines):
-    """A trial of `never` needs more memory than there is, one of `alone` all of it."""
+    """A trial of `never` needs more memory than its node has, one of `alone` all of it."""
 
     def outcome(self, reference: int) -> Outcome:
         spec = self._results[reference].spec
-        what = spec.model.source
-        if what == "never" or (what == "alone" and len(self._workers) > 1):
+        what, place = spec.model.source, self._sent_to[reference].place
+        beside = sum(worker.place == place for worker in self._workers) - 1
+        if what == "never" or (what == "alone" and beside):
             super().outcome(reference)
             return Outcome("host-out-of-memory", cause="OutOfMemoryError: killed")
         return super().outcome(reference)
@@ -49,6 +54,34 @@ def test_out_of_host_memory_is_run_once_more_with_nothing_beside_it() -> None:
     assert states == ["complete", "complete", "complete", "failed", "complete"]
     assert results[3].cause == "OutOfMemoryError: killed"
     assert [result.attempts for result in results] == [1, 2, 1, 2, 1]
+
+
+class Alike(Many):
+    """A run whose trials differ in their candidates only."""
+
+    def trials(self) -> Iterator[TrialSpec | None]:
+        for spec in super().trials():
+            beta = spec and spec.prune.model_copy(update={"beta": 1e-6 * spec.number})
+            yield spec and spec.model_copy(update={"windows": 2, "prune": beta})
+
+
+@pytest.mark.parametrize(("what", "busy"), [("never", 0.97), ("alone", 0.85)])
+def test_the_other_nodes_stay_busy_while_a_cell_runs_out_of_host_memory(
+    what: str, busy: float
+) -> None:
+    """One cell of 32, on 8 nodes of 8 GPUs: its trials have a node to themselves, one at a time;
+    where even that does not help, the next ones of the cell fail as they run out."""
+    nodes = [node(f"n{index}", cpus=8, gpus=8) for index in range(8)]
+    cluster = VirtualCluster(nodes)
+    cluster.machines = cluster.pool.machines = Faulty(nodes, start_s=10.0)
+    runs: list[Many] = [Many(f"cell{index}", 10**6, wave=32, model="ok") for index in range(31)]
+    runs.append(Alike("large", 10**6, wave=32, model=what))
+    entries = [Entry(partial(lambda run: run, run), cluster.share) for run in runs]
+    drive(cluster, entries, order=FAIR, budget=Budget(until=3600.0))
+    busy_s = sum(entry.used_at(cluster.now()) for entry in entries)
+    assert busy_s / (64 * cluster.now()) > busy
+    assert min(len(run.taken) for run in runs[:-1]) > 60 * 2 * 0.8
+    assert runs[-1].taken
 
 
 def test_a_trial_that_hangs_is_begun_again_by_the_median_of_the_others() -> None:
