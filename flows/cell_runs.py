@@ -187,9 +187,9 @@ class _CellRun(Run):
 
 def _is_finished(cell: Cell) -> bool:
     """Whether a cell has its report, of finals that all succeeded, and what it was to save."""
-    if cell.spec.compare.checkpoints and not (cell.folder / "best").exists():
-        return False
-    if not (cell.folder / "report.json").exists():
+    # The card of a checkpoint and the page are written last.
+    last = ["report.html", *(["best/README.md"] if cell.spec.compare.checkpoints else [])]
+    if not all((cell.folder / name).exists() for name in ["report.json", *last]):
         return False
     try:
         store = RunStore.read(cell.folder)

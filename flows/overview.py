@@ -1,6 +1,6 @@
 """What a study shows while it runs: a line per cell on a terminal, else one JSON line per event.
 
-    overview = Overview(cells, ended=lambda name: board.update(name), as_json=False)
+    overview = Overview(cells, ended=board.update, going=lambda: None, as_json=False)
     with overview.shown():
         overview.view_of(cell).event({"kind": "started"})
 
@@ -72,6 +72,7 @@ class Overview:
         self,
         cells: Sequence[Cell],
         ended: Callable[[str], None],
+        going: Callable[[], None],
         *,
         as_json: bool = False,
         console: Console | None = None,
@@ -82,7 +83,8 @@ class Overview:
         self.lines = {cell.name: CellLine(cell, self) for cell in cells}
         self.entries: Mapping[str, Entry] = {}  # for what they have used
         self.now: Callable[[], float] = lambda: 0.0  # by the cluster's clock
-        self._ended, self._clock, self._begun = ended, clock, clock()
+        self._ended, self._going = ended, going
+        self._clock, self._begun = clock, clock()
 
     def view_of(self, cell: Cell) -> View:
         """Where the run of a cell tells what happens."""
@@ -92,6 +94,7 @@ class Overview:
         """A cell has taken an event in."""
         if self.as_json and not event.get("earlier"):
             print(json.dumps({"cell": line.cell.name} | event), file=self.console.file, flush=True)
+        self._going()
         if event["kind"] in ENDED:
             if not self.as_json:
                 self.console.print(Text(f"{line.cell.name}  {line.state}"))

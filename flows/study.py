@@ -29,6 +29,7 @@ from infra.store import RunStore, write_atomic
 from infra.study_files import BudgetSpec, StudySpec
 
 WRITE_S = 5.0  # the leaderboard is not written more often while the study runs
+TELL_S = 60.0  # so much of `budget.hours` may be lost with a driver that is killed
 
 
 def study(spec: StudySpec, *, as_json: bool = False, connect: Connect = connect) -> dict[str, Any]:
@@ -54,7 +55,8 @@ def study(spec: StudySpec, *, as_json: bool = False, connect: Connect = connect)
         write_atomic(store.path(STUDY), spec.model_dump_json(indent=1).encode())
         tracking.start(store.dir, own.tracking)
         board = Leaderboard(store, cells)
-        overview = Overview(cells, _Writer(store, board).ended, as_json=as_json)
+        writer = _Writer(store, board)
+        overview = Overview(cells, writer.ended, writer.going, as_json=as_json)
         runs = CellRuns(cells, overview.view_of)
         overview.entries = runs.entries
         spent = ""
@@ -86,7 +88,14 @@ class _Writer:
     """The leaderboard follows the cells that end, and the events of the study say when."""
 
     def __init__(self, store: RunStore, board: Leaderboard) -> None:
-        self.store, self.board, self.written = store, board, -math.inf
+        self.store, self.board = store, board
+        self.written, self.told = -math.inf, time.monotonic()
+
+    def going(self) -> None:
+        """A cell has told something: until then the study was at work, which its budget counts."""
+        if time.monotonic() - self.told >= TELL_S:
+            self.store.event("going")
+            self.told = time.monotonic()
 
     def ended(self, cell: str) -> None:
         """A cell is finished, stopped or refused."""

@@ -131,6 +131,22 @@ def test_a_cell_whose_start_was_killed_before_its_first_event_goes_on(
     assert status(tmp_path)["cells"][0]["state"] == "unfinished"
 
 
+def test_a_cell_whose_driver_was_killed_while_it_wrote_the_report_goes_on(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "compare")
+    saving = LISTS | {"allocations": ["uniform"], "checkpoints": True}
+    cells = cells_of(make_spec(compare=saving, run={"dir": str(copy)}))
+    for cell in cells:
+        (cell.folder / "best").mkdir()
+    assert unfinished(cells) == cells  # neither checkpoint has its card
+    for cell in cells:
+        (cell.folder / "best" / "README.md").touch()
+    assert unfinished(cells) == []
+    (cells[0].folder / "report.html").unlink()
+    assert unfinished(cells) == cells[:1]
+
+
 class Told:
     """What a cell tells while nothing else is shown."""
 

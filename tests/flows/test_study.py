@@ -13,9 +13,15 @@ from typing import Any
 
 import pytest
 
+from flows.cells import study_cells
+from flows.leaderboard import Leaderboard
+from flows.overview import Overview
+from flows.study import _budget, _Writer
 from infra.errors import UserError
 from infra.spec_files import load_spec
-from infra.study_files import load_study
+from infra.specs import RunSpec
+from infra.store import RunStore
+from infra.study_files import BudgetSpec, load_study
 from tests.browser import draw, needs_browser
 from tests.flows.commands import run, start, write_project
 from tests.timm_models import write_images, write_timm
@@ -242,8 +248,6 @@ def test_a_wrong_study_file_is_one_line(
 
 
 def test_cells_of_different_settings_need_names_of_their_own(tmp_path: Path) -> None:
-    from flows.cells import study_cells
-
     write_project(tmp_path)
     group = '[[cells]]\nspec = "tiny.toml"\n'
     (tmp_path / "s.toml").write_text(
@@ -261,3 +265,24 @@ def test_a_study_file_is_no_spec(tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text('[[cells]]\nspec = "tiny.toml"\n')
     with pytest.raises(UserError, match="is a study file: sparseramp study"):
         load_spec(tmp_path / "s.toml")
+
+
+def test_hours_of_a_driver_that_was_killed_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though none of its cells had ended: while they go on, the study says so once a minute."""
+    write_project(tmp_path)
+    (tmp_path / "s.toml").write_text('[[cells]]\nspec = "tiny.toml"\n')
+    cells = study_cells(load_study(tmp_path / "s.toml"))
+    now = [0.0]
+    monkeypatch.setattr("flows.study.time.monotonic", lambda: now[0])
+    own = cells[0].spec.model_copy(update={"run": RunSpec(dir=str(tmp_path / "study"))})
+    with RunStore.open(own, "study") as store:
+        writer = _Writer(store, Leaderboard(store, cells))
+        view = Overview(cells, writer.ended, writer.going, as_json=True).view_of(cells[0])
+        time.sleep(0.2)
+        for now[0] in (30.0, 61.0, 90.0, 120.0):
+            view.event({"kind": "wave"})
+        assert [event["event"] for event in store.events()] == ["created", "going"]
+        left_s = _budget(BudgetSpec(hours=1), store).until
+    assert 3590 < left_s <= 3600 - 0.2
