@@ -133,9 +133,8 @@ class CellRuns:
         used_s = 0.0
         for number in store.numbers():
             result = store.result(number)
-            new = self.known.note(result, partial(store.result, number))
-            self.num_known += new
-            used_s += result.cost.used_s * new
+            self.num_known += self.known.note(result, partial(store.result, number))
+            used_s += result.cost.used_s
         self.used_s[cell.name] = used_s
         model, waves = store.model(), store.waves()
         if model is not None and waves:
