@@ -73,9 +73,10 @@ class CellRuns:
                     self.entries[cell.name] = entry
             if not self.entries:
                 return ""
-            methods = sorted({cell.spec.prune.method for cell in self.todo})
-            share = next(iter(self.entries.values())).share
-            self.cluster.call(check_names, methods, share=share)  # one that is misspelt is no row
+            shares = [e.share for e in self.entries.values() if self.cluster.holds(e.share)]
+            if shares:  # else a worker would wait for a node, and all cells for it
+                methods = sorted({cell.spec.prune.method for cell in self.todo})
+                self.cluster.call(check_names, methods, share=shares[0])  # misspelt, it is no row
             if budget is not None:
                 budget.num_begun = self.num_known
                 budget.used_before_s = sum(
@@ -142,9 +143,8 @@ class CellRuns:
         used_s = 0.0
         for number in store.numbers():
             result = store.result(number)
-            new = self.known.note(result, partial(store.result, number))
-            self.num_known += new
-            used_s += result.cost.used_s * new
+            self.num_known += self.known.note(result, partial(store.result, number))
+            used_s += result.cost.used_s
         self.used_s[cell.name] = used_s
         model, waves = store.model(), store.waves()
         if model is not None and waves:

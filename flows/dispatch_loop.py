@@ -172,7 +172,7 @@ class Known:
         """The result of an equal trial; none where a checkpoint is wanted, which is on a node."""
         if trial.checkpoint or work not in self._read:
             return None
-        return self._read[work]().model_copy(update={"spec": trial})
+        return _unpaid(self._read[work]()).model_copy(update={"spec": trial})
 
 
 class _Loop:
@@ -310,8 +310,9 @@ class _Loop:
         for entry, trial in claims:
             if entry.driven is None:  # it ended early
                 continue
+            paid, result = result, _unpaid(result)
             try:
-                entry.driven.take(result.model_copy(update={"spec": trial}))
+                entry.driven.take(paid.model_copy(update={"spec": trial}))
             except UserError as error:
                 self._end(entry, error)
                 continue
@@ -336,6 +337,11 @@ def _stop(driven: Driven | None, error: BaseException) -> None:
     with suppress(UserError):
         if driven is not None:
             driven.stop(error)
+
+
+def _unpaid(result: TrialResult) -> TrialResult:
+    """For whoever shares a trial: the time that a worker was held is in the first one's files."""
+    return result.model_copy(update={"cost": result.cost.model_copy(update={"held_s": 0.0})})
 
 
 def work_of(trial: TrialSpec) -> str:

@@ -238,6 +238,27 @@ def test_the_time_of_a_trial_is_charged_to_who_began_it() -> None:
     assert sum(each.used_s for each in entries) == 5 * 60
 
 
+def test_a_trial_is_billed_to_one_of_the_cells_that_share_it() -> None:
+    """Whether it was out or finished when another asked for it: what they have sums up."""
+    costs: list[Cost] = []
+
+    class Costed(Many):
+        def take(self, result: TrialResult) -> None:
+            costs.append(result.cost)
+            super().take(result)
+
+        def reader(self, number: int) -> Callable[[], TrialResult]:
+            cost = Cost(held_s=60.0, gpus=1.0)
+            return lambda: TrialResult(spec=trial(number, "same"), state="complete", cost=cost)
+
+    cluster = VirtualCluster([node("n", cpus=1, gpus=1)])
+    early, late = Costed("same", 5), Costed("same", 5)
+    drive(cluster, [entry(Costed("same", 5)), entry(early), entry(Many("b", 9)), entry(late)])
+    assert len(costs) == 15
+    assert sum(cost.used_s for cost in costs) == 5 * 60
+    assert {cost.gpus for cost in costs} == {1.0}
+
+
 def test_a_result_says_what_its_worker_held() -> None:
     cluster = VirtualCluster([node("n", cpus=4, gpus=1)])
     costs: list[Cost] = []
