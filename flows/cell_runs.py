@@ -14,9 +14,10 @@ from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 
+from flows.budget import Budget
 from flows.cells import Cell
 from flows.descriptions import Descriptions
-from flows.dispatch_loop import IN_TURN, Budget, Entry, Known, Order, drive
+from flows.dispatch_loop import IN_TURN, Entry, Known, Order, drive
 from flows.live import View
 from flows.pins import pin, refuse
 from flows.plan import Results, final_wave, next_wave

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from flows.budget import Budget, BudgetSpent
 from infra.cluster import Job, Pool, Share, Source, TrialFunction
 from infra.errors import UserError
 from infra.records import ModelQuestion, TrialResult, TrialSpec
@@ -38,6 +39,9 @@ class Driven(Protocol):
 
     def reader(self, number: int) -> Callable[[], TrialResult]:
         """What reads a result that was taken from the files, without holding on to the run."""
+
+    def wait(self, problem: str) -> None:
+        """Its trials, which ran before, wait for a node."""
 
     def finish(self) -> None:
         """No trial is left."""
@@ -72,6 +76,7 @@ class Entry:
     next: tuple[TrialSpec, str] | None = None  # looked at and not begun, with its work
     out: dict[str, float] = field(default_factory=dict)  # when each trial was begun, by its work
 
+    waits: bool = False  # for a node that holds its share, and has said so
     num_ended: int = 0
     ended_s: float = 0.0
 
@@ -106,30 +111,6 @@ FAIR = Order(
     num_open=64,
     holds=True,
 )
-
-
-class BudgetSpent(UserError):  # noqa: N818  the end of a study as it was asked for
-    """No more trials may begin."""
-
-
-@dataclass(kw_only=True)
-class Budget:
-    """How many trials may begin, what they may use, until when; what earlier starts used counts."""
-
-    trials: float = math.inf
-    used_s: float = math.inf
-    until: float = math.inf
-    grace_s: float = 0.0  # after `until`, for what still runs
-    num_begun: int = 0
-    used_before_s: float = 0.0  # by what is not among the entries any more
-
-    def spent(self, used_s: float, now: float) -> str:
-        """Why no trial may begin; empty while one may."""
-        if self.num_begun >= self.trials:
-            return f"budget: all {self.trials:g} trials are begun"
-        if used_s >= self.used_s:
-            return f"budget: {self.used_s / 3600:g} GPU-hours are used"
-        return "budget: its hours are over" if now >= self.until else ""
 
 
 def drive(
@@ -219,6 +200,8 @@ class _Loop:
         spent = self._spent()
         if now >= self.budget.until + self.budget.grace_s:
             raise BudgetSpent(spent)
+        for entry in list(self.entries):
+            self._look_for_node(entry, pool)
         fits: dict[Share, bool] = {}
         pool.held.clear()
         chosen: Entry | None = None
@@ -265,6 +248,19 @@ class _Loop:
             return Job(trial, entry.share)
         self.budget.num_begun += 1
         return Job(trial, entry.share, entry.timeout_s)
+
+    def _look_for_node(self, entry: Entry, pool: Pool) -> None:
+        """A run that no node holds any more says so, and when none has come in time it ends."""
+        waited_s = pool.unheld_s(entry.share)
+        try:
+            if waited_s and entry.driven and not entry.waits:
+                entry.driven.wait(entry.share.no_node)
+            entry.waits = waited_s > 0
+            if waited_s >= pool.patience_s and not entry.out:  # else they are failed first
+                entry.driven = entry.driven or entry.run()  # whose files say why it ends
+                raise UserError(entry.share.given_up(pool.patience_s))
+        except UserError as error:
+            self._end(entry, error)
 
     def _look(self, entry: Entry) -> bool:
         """Whether the entry has a trial that nobody has done or is doing; it is its next one."""

@@ -165,6 +165,10 @@ class Run:
         """What reads a result that was taken from the files."""
         return partial(self.store.result, number)
 
+    def wait(self, problem: str) -> None:
+        """Its trials, which ran before, wait for a node."""
+        self.tell("waiting", problem=problem)
+
     def finish(self) -> None:
         """The report and the model card, when no trial is left.
 

@@ -15,9 +15,10 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+from flows.budget import Budget
 from flows.cell_runs import CellRuns, Connect
 from flows.cells import study_cells
-from flows.dispatch_loop import FAIR, Budget
+from flows.dispatch_loop import FAIR
 from flows.leaderboard import STUDY, Leaderboard
 from flows.overview import Overview
 from flows.report import working_time

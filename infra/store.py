@@ -147,9 +147,8 @@ class RunStore:
         if self._lock < 0:
             raise RuntimeError(f"{self.dir} was opened for reading")
         with _writing(path := self.dir / "lock"):
-            holder = path.read_bytes() if path.exists() else b""
-        if holder != self._holder:
-            raise UserError(f"{self.dir} was taken over by {_describe(holder.decode())}")
+            if (holder := path.read_bytes() if path.exists() else b"") != self._holder:
+                raise UserError(f"{self.dir} was taken over by {_describe(holder.decode())}")
 
     def waves(self) -> list[list[TrialSpec]]:
         """What was proposed, in order."""

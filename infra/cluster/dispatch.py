@@ -18,7 +18,8 @@ from functools import cached_property
 from typing import Any
 
 from infra.cluster.deadlines import Deadlines, kind_of
-from infra.cluster.pool import Pool, Slot
+from infra.cluster.machines import Slot
+from infra.cluster.pool import Pool
 from infra.cluster.resources import Share
 from infra.cluster.worker import TrialFunction, failed
 from infra.records import TrialResult, TrialSpec
@@ -80,9 +81,11 @@ def dispatch(pool: Pool, function: TrialFunction, source: Source) -> Iterator[Tr
     pool.drop_dead_workers()
     try:
         while True:
-            for trial in [trial for trial in waiting if trial.alone and trial.kind in too_large]:
+            for trial, cause in _hopeless(pool, waiting, too_large):
                 waiting.remove(trial)
-                yield trial.ended(failed(trial.job.spec, too_large[trial.kind]))
+                if not trial.alone:
+                    pool.give_up(trial.job.share)
+                yield trial.ended(failed(trial.job.spec, cause))
             _send(pool, function, waiting, busy)
             pool.release()
             while len(waiting) + len(busy) < pool.limit and (job := source(pool)):
@@ -113,6 +116,20 @@ def dispatch(pool: Pool, function: TrialFunction, source: Source) -> Iterator[Tr
         for slot, _ in busy.values():
             pool.stop(slot)
         pool.forget_claims()
+
+
+def _hopeless(
+    pool: Pool, waiting: deque[Trial], too_large: dict[str, str]
+) -> list[tuple[Trial, str]]:
+    """Trials that wait in vain, and why: for memory that no node has, or for a lost node."""
+    found = []
+    for trial in waiting:
+        share = trial.job.share
+        if trial.alone and trial.kind in too_large:
+            found.append((trial, too_large[trial.kind]))
+        elif pool.unheld_s(share) >= pool.patience_s:
+            found.append((trial, f"lost: {share.given_up(pool.patience_s)}"))
+    return found
 
 
 def _send(pool: Pool, function: TrialFunction, waiting: deque[Trial], busy: Busy) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from infra.cluster.resources import Node, Share
 from infra.cluster.worker import TrialFunction
 from infra.records import TrialResult, TrialSpec
+from infra.specs import ModelSpec
 
 Ending = Literal["done", "cuda-out-of-memory", "broken", "host-out-of-memory", "lost", "unsent"]
 
@@ -40,3 +41,16 @@ class Machines(Protocol):
     def outcome(self, reference: Any) -> Outcome: ...
     def dead(self, workers: Sequence[Any]) -> list[Any]: ...
     def stop(self, worker: Any) -> None: ...
+
+
+@dataclass(eq=False)
+class Slot:
+    """A worker as the driver sees it."""
+
+    worker: Any
+    share: Share
+    starting: Any  # resolves to the id of its node
+    place: str  # the node that it takes room on; empty while that is for the cluster to find
+    node: str = ""  # empty until it has started
+    busy: bool = False
+    model: ModelSpec | None = None  # of its last trial

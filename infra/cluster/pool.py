@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
 
-from infra.cluster.machines import Machines
+from infra.cluster.machines import Machines, Slot
 from infra.cluster.resources import Node, Share, capacity, decide_share
 from infra.errors import UserError
 from infra.specs import ClusterSpec, ModelSpec
@@ -23,20 +21,8 @@ from infra.specs import ClusterSpec, ModelSpec
 MAX_FAILED_STARTS = 3
 ROUNDING = 1e-6  # of a third of a GPU, taken three times
 HELD_NODES = 8  # one in so many is held for large trials at most
+NO_NODE_S = 900.0  # how long trials wait for one where no autoscaler is to add it
 LOOK_S = 1.0  # how old what is known of the nodes may be
-
-
-@dataclass(eq=False)
-class Slot:
-    """A worker as the driver sees it."""
-
-    worker: Any
-    share: Share
-    starting: Any  # resolves to the id of its node
-    place: str  # the node that it takes room on; empty while that is for the cluster to find
-    node: str = ""  # empty until it has started
-    busy: bool = False
-    model: ModelSpec | None = None  # of its last trial
 
 
 class Pool:
@@ -52,6 +38,8 @@ class Pool:
         self.share = self.share_of(spec)
         self.limit = spec.parallel or math.inf
         self.slots: list[Slot] = []
+        self.patience_s = math.inf if machines.grows() else NO_NODE_S
+        self._unheld: dict[Share, float] = {}  # since when no node holds one
         self.wanted: set[Share] = set()  # that found no room since this was last emptied
         self._claims: Counter[Share] = Counter()  # trials that wait for a worker
         self._on: dict[str, set[Slot]] = {}  # workers by the node that they take room on
@@ -88,6 +76,17 @@ class Pool:
         if not found:
             self.wanted.add(share)
         return found
+
+    def unheld_s(self, share: Share) -> float:
+        """For how long no node that is there could hold one, were it empty, as far as asked."""
+        if self._able(share):
+            self._unheld.pop(share, None)
+            return 0.0
+        return self.machines.now() - self._unheld.setdefault(share, self.machines.now())
+
+    def give_up(self, share: Share) -> None:
+        """A trial that has claimed a worker waits no more."""
+        self._claims[share] -= 1
 
     def is_warm(self, share: Share, model: ModelSpec) -> bool:
         """Whether a worker that is free for it has the model already."""

@@ -50,13 +50,22 @@ class Share:
         cpus = self.cpus if self.cpus or self.gpus or self.memory_bytes else 1.0
         return cpus, self.gpus, self.memory_bytes
 
+    def __str__(self) -> str:
+        text = f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
+        text += f" with {self.memory_bytes / 1e9:g} GB" if self.memory_bytes else ""
+        return text + (f" and cluster.labels={dict(self.labels)}" if self.labels else "")
+
     @property
     def no_node(self) -> str:
-        """What is said while no node that is there holds it, and an autoscaler may add one."""
-        needs = f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
-        needs += f" with {self.memory_bytes / 1e9:g} GB" if self.memory_bytes else ""
-        needs += f" and cluster.labels={dict(self.labels)}" if self.labels else ""
-        return f"no node that is there holds a trial of {needs}: it waits for one to be added"
+        """What is said while no node that is there holds it, and one may come."""
+        return f"no node that is there holds a trial of {self}: it waits for one to be added"
+
+    def given_up(self, waited_s: float) -> str:
+        """What is said when none has come in that time."""
+        return (
+            f"no node has held a trial of {self} for {waited_s / 60:g} min: bring one back, and "
+            "the same command goes on"
+        )
 
     def admits(self, node: Node) -> bool:
         """Whether the node has the labels that are asked for."""

@@ -23,7 +23,8 @@ import numpy
 import psutil
 from safetensors.numpy import save_file
 
-from flows.dispatch_loop import FAIR, Budget, Entry, drive
+from flows.budget import Budget
+from flows.dispatch_loop import FAIR, Entry, drive
 from flows.study import study
 from infra.cluster import Share
 from infra.environment import prepare

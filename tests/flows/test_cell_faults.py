@@ -1,4 +1,4 @@
-"""Cells whose folders fail, beside others that go on.
+"""Cells whose folders or nodes fail, beside others that go on.
 
 python -m pytest tests/flows/test_cell_faults.py
 """
@@ -11,11 +11,16 @@ import pytest
 
 from flows.cell_runs import CellRuns, Connect
 from flows.cells import Cell, study_cells
+from flows.dispatch_loop import drive
+from infra.cluster import Node, Share
+from infra.errors import UserError
 from infra.specs import ClusterSpec
 from infra.store import RunStore
 from infra.study_files import load_study
 from tests.faults import processes
 from tests.flows.commands import write_project
+from tests.flows.test_dispatch_loop import Many, entry
+from tests.infra.virtual import VirtualCluster, node
 
 STUDY = """
 [study]
@@ -60,3 +65,34 @@ def test_a_folder_that_is_gone_or_locked_is_the_end_of_its_cell_alone(tmp_path: 
     assert str(gone.folder) in last[gone.name]["reason"]
     assert "no node holds a trial of 4000 CPUs" in last[large.name]["reason"]
     assert last[well.name]["kind"] == "finished"
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_a_cell_whose_only_node_is_lost_says_so_and_ends_alone(returns: bool) -> None:
+    """Unless the node comes back in time; a cell of it that has not begun ends, too."""
+    large = node("large", cpus=16, gpus=8)
+    changes: list[tuple[float, str | Node]] = [(90.0, "large")]
+    changes += [(600.0, large)] if returns else []
+    cluster = VirtualCluster([large, node("n", cpus=2)], changes=changes)
+    runs = [Many("a", 40, wave=40), Many("b", 8), Many("cpu", 100)]
+    entries = [entry(runs[0]), entry(runs[1]), entry(runs[2], Share(cpus=1, gpus=0), at_once=2)]
+    assert drive(cluster, entries, keep_going=True) == ""
+    assert runs[2].end == "finished"
+    assert len(runs[2].taken) == 100
+    said = "no node that is there holds a trial of 1 CPUs and 1 GPUs: it waits for one to be added"
+    assert runs[0].waited == [said]
+    if returns:
+        assert runs[0].end == runs[1].end == "finished"
+        assert cluster.now() < 600 + 60 * 100 / 2
+    else:
+        ended = "stopped: no node has held a trial of 1 CPUs and 1 GPUs for 15 min: bring one back"
+        assert runs[0].end.startswith(ended)
+        assert runs[1].end.startswith(ended)
+        assert (len(runs[0].taken), runs[1].taken) == (8 + 8, [])
+
+
+def test_a_search_whose_only_node_is_lost_ends_with_one_line() -> None:
+    cluster = VirtualCluster([node("a", cpus=2, gpus=2)], changes=[(90.0, "a")])
+    with pytest.raises(UserError, match="no node has held a trial of 1 CPUs and 1 GPUs for 15 min"):
+        drive(cluster, [entry(Many("a", 40))])
+    assert cluster.now() < 90 + 900 + 10

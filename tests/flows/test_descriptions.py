@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from flows.budget import Budget
 from flows.descriptions import Descriptions
-from flows.dispatch_loop import FAIR, Budget, Entry, drive
+from flows.dispatch_loop import FAIR, Entry, drive
 from infra.records import ModelAnswer, ModelQuestion, ModelRecord, TrialResult, TrialSpec
 from infra.spec_files import parse_spec
 from infra.specs import ClusterSpec

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from flows.dispatch_loop import FAIR, IN_TURN, Budget, Entry, Order, drive
+from flows.budget import Budget
+from flows.dispatch_loop import FAIR, IN_TURN, Entry, Order, drive
 from infra.cluster import Node, Share
 from infra.errors import UserError
 from infra.records import Cost, TrialResult, TrialSpec
@@ -28,6 +29,7 @@ class Many:
         self.name, self.num_trials, self.wave, self.model = name, num_trials, wave, model or name
         self.out = 0
         self.taken: list[int] = []
+        self.waited: list[str] = []
         self.end = ""
 
     def trials(self) -> Iterator[TrialSpec | None]:
@@ -47,6 +49,9 @@ class Many:
 
     def reader(self, number: int) -> Callable[[], TrialResult]:
         return lambda: TrialResult(spec=trial(number, self.model), state="complete")
+
+    def wait(self, problem: str) -> None:
+        self.waited.append(problem)
 
     def finish(self) -> None:
         self.end = "finished"

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from flows.dispatch_loop import FAIR, Budget, Entry, drive
+from flows.budget import Budget
+from flows.dispatch_loop import FAIR, Entry, drive
 from infra.cluster import Outcome, Pool
 from infra.cluster.dispatch import Job
 from infra.errors import UserError

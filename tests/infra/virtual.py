@@ -163,15 +163,22 @@ class VirtualMachines:
         self.clock = max(self.clock, when)
         if isinstance(what, Node):
             self._nodes[what.node] = what
-            return
-        del self._nodes[what]
-        for worker in self._workers:
-            worker.lost = worker.lost or worker.place == what
+        else:
+            del self._nodes[what]
         events = self._events
         for index, (_, number) in enumerate(events):
-            if self._worker_of[number].lost:
+            worker = self._worker_of[number]
+            if worker.place == what:
+                worker.lost = True
                 events[index] = (self.clock, number)
+            elif isinstance(what, Node) and worker.alive and not worker.place:
+                left = zip(self.free(what.node), worker.share.needs, strict=True)
+                if all(free >= needed for free, needed in left):
+                    worker.place = what.node
+                    events[index] = (self.clock + self.start_s, number)
         heapq.heapify(events)
+        for worker in self._workers:
+            worker.lost = worker.lost or worker.place == what
 
     def outcome(self, reference: int) -> Outcome:
         """A result, unless the node was lost."""
