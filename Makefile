@@ -43,6 +43,7 @@ test-faults: $(INSTALLED) ## kill, hang and spoil whole searches, at most 40 min
 	$(KILL) --fault term --step 9 --seconds 60
 	$(KILL) --fault hang --step 9 --seconds 60
 	$(KILL) --fault corrupt --step 3 --seconds 120
+	$(KILL) --command study --points chain --seconds 120
 	$(KILL) --cluster ray --points chain --seconds 500
 	$(KILL) --cluster ray --points random --count 50 --seconds 300
 	$(BIN)/python -m pytest -m slow -k "not smollm2" tests/faults tests/infra/test_services.py $(PYTEST_ARGS)

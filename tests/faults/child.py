@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,20 @@ SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP, "term": signal.SIGTER
 
 def main(arguments: list[str]) -> None:
     """Run a command of `sparseramp`, with the faults that the environment asks for."""
-    from flows import cli, search
+    from flows import cli, search, study
     from infra.store import RunStore
     from tests.faults.processes import connect
 
     if os.environ.get("FAULT_CLUSTER") == "processes":
         search.connect = connect  # type: ignore[attr-defined, assignment]
+        study.study = partial(study.study, connect=connect)  # type: ignore[arg-type, assignment]
     fault, _, number = os.environ.get("FAULT", "").partition(":")
     reach = _Points(SIGNALS.get(fault), -1 if number == "new" else int(number or 0))
     RunStore.event = reach.around(  # type: ignore[method-assign]
         RunStore.event,
-        lambda store, kind, **fields: f"event {kind} {fields.get('number', '')}".rstrip(),
+        lambda store, kind, **fields: (
+            f"event {kind} {fields.get('number', '')} {store.dir}/events.jsonl"
+        ),
     )
     for name in ("replace", "rename"):
         wrapped = reach.around(getattr(Path, name), lambda path, target: f"file {target}")

@@ -18,16 +18,18 @@ Trials = dict[str, tuple[int, str]]
 
 
 def read_trials(run: Path, spoiled: Path | None = None) -> Trials:
-    """Finished trials by number: when the file was written, and its SHA-256."""
-    files = [path for path in (run / "trials").glob("[0-9]*.json") if path != spoiled]
-    return {path.stem: (path.stat().st_mtime_ns, sha256_of(path)) for path in files}
+    """Finished trials, of cells as well: when each file was written, and its SHA-256."""
+    files = [path for path in run.rglob("trials/[0-9]*.json") if path != spoiled]
+    return {
+        str(path.relative_to(run)): (path.stat().st_mtime_ns, sha256_of(path)) for path in files
+    }
 
 
 def within(kept: Trials, now: Trials) -> list[str]:
     """What was finished before and is lost, or was done again."""
-    lost = [f"trial {number} is lost" for number in sorted(kept.keys() - now.keys())]
+    lost = [f"{trial} is lost" for trial in sorted(kept.keys() - now.keys())]
     both = sorted(kept.keys() & now.keys())
-    return lost + [f"trial {each} was done again" for each in both if kept[each] != now[each]]
+    return lost + [f"{trial} was done again" for trial in both if kept[trial] != now[trial]]
 
 
 def ended_as(undisturbed: Path, run: Path) -> list[str]:

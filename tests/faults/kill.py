@@ -4,11 +4,12 @@
     python -m tests.faults.kill --points chain --cluster ray
     python -m tests.faults.kill --points random --count 50 --cluster ray --seed 1
     python -m tests.faults.kill --points events --fault corrupt --count 40
+    python -m tests.faults.kill --command study --points chain
 
-Each disturbed run is of 12 trials on a tiny model. With `events` a run of its own is killed at each
-point; a `chain` is one run, whose drivers are killed at each point in turn. What must hold whatever
-happened: no finished trial is lost or repeated, exit codes are right, and the end is that of the
-undisturbed run.
+Each disturbed run is a search of 12 trials on a tiny model, or a study of 2 cells. With `events` a
+run of its own is killed at each point; a `chain` is one run, whose drivers are killed at each point
+in turn. What must hold whatever happened: no finished trial is lost or repeated, exit codes are
+right, a study can be looked at, and the end is that of the undisturbed run.
 Results are kept by seed in a file of JSON lines: a second call does what is left of it. The last
 line printed is JSON: how many points, how many violations. Exit code 1 where there are any.
 """
@@ -28,6 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flows.leaderboard import write_leaderboard
+from flows.status import status
 from infra.provenance import provenance
 from tests.faults.invariants import Trials, ended_as, read_trials, told_twice, within
 from tests.faults.launcher import Launcher, write_tiny_project
@@ -50,7 +53,7 @@ class Harness:
         started = time.monotonic()  # once more, with all that is shared in its place
         ended = launcher.run(launcher.folder / "again")
         self.seconds = time.monotonic() - started
-        chance = ended_as(self.undisturbed, launcher.folder / "again")
+        chance = self._differs(launcher.folder / "again")
         assert ended.code == 0 and not chance, (ended, chance)
 
     def at_point(self, index: int) -> dict[str, Any]:
@@ -123,7 +126,8 @@ class Harness:
                     wrong.append(f"it ended so: {ended}")
                 break
             now = read_trials(run)
-            wrong += [f"{points.read_text().splitlines()[-1]}: {one}" for one in within(kept, now)]
+            found = within(kept, now) + _unreadable(run)
+            wrong += [f"{points.read_text().splitlines()[-1]}: {one}" for one in found]
             kept = now
         wrong += self._ends(run, kept)
         labels = [line.replace(f"{run}", "run") for line in points.read_text().splitlines()]
@@ -163,7 +167,7 @@ class Harness:
             path.unlink()
             if how == "a folder":
                 path.mkdir()
-        kept.pop(path.stem, None)  # it may be made again
+        kept.pop(str(path.relative_to(run)), None)  # it may be made again
         what = f"{path.relative_to(run)} {how}"
         ended = self.launcher.run(run)
         wrong = within(kept, read_trials(run, spoiled=path))
@@ -178,12 +182,46 @@ class Harness:
         """The same command again, to the end, and what is different there."""
         ended = self.launcher.run(run)
         wrong = [] if ended.code == 0 else [f"the same command again: {ended}"]
-        wrong += within(kept, read_trials(run)) + ended_as(self.undisturbed, run)
+        wrong += within(kept, read_trials(run)) + self._differs(run)
         if self.fault != "corrupt":  # one whose file was deleted ends a second time
-            wrong += told_twice(run)
+            wrong += [each for cell in self._cells() for each in told_twice(run / cell)]
         if not wrong:
             shutil.rmtree(run)
         return wrong
+
+    def _cells(self) -> list[str]:
+        """Folders of a study that are runs; of a search, itself."""
+        return sorted(path.parent.name for path in self.undisturbed.glob("*/report.json")) or [""]
+
+    def _differs(self, run: Path) -> list[str]:
+        """Where the end of any cell is another."""
+        wrong = [
+            f"{cell} {each}".lstrip()
+            for cell in self._cells()
+            for each in ended_as(self.undisturbed / cell, run / cell)
+        ]
+        boards = [folder / "leaderboard.json" for folder in (self.undisturbed, run)]
+        if boards[0].exists() and not wrong:
+            keys = ("cell", "state", "verdict", "gain", "trials")
+            expected, found = (
+                [{key: row[key] for key in keys} for row in json.loads(board.read_text())["rows"]]
+                for board in boards
+            )
+            wrong += [] if found == expected else [f"the leaderboard is another: {found}"]
+        return wrong
+
+
+def _unreadable(run: Path) -> list[str]:
+    """What a status or a report of a study says after a kill, but for what it refuses by name."""
+    if not (run / "study.json").exists():
+        return []
+    wrong = []
+    for look in (status, write_leaderboard):
+        try:
+            look(run)
+        except Exception as error:  # noqa: BLE001  a violation, whatever it is
+            wrong.append(f"{look.__name__}: {type(error).__name__}: {error}")
+    return wrong
 
 
 @contextmanager
@@ -208,6 +246,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--points", choices=["events", "chain", "random"], default="events")
     parser.add_argument("--fault", choices=["kill", "term", "hang", "corrupt"], default="kill")
+    parser.add_argument("--command", choices=["search", "study"], default="search")
     parser.add_argument("--cluster", choices=["ray", "processes"], default="processes")
     parser.add_argument("--count", type=int, default=0, help="points in all; 0: every event")
     parser.add_argument("--step", type=int, default=1, help="every so many points of an event")
@@ -216,6 +255,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("runs/faults.jsonl"))
     options = parser.parse_args()
     key = {
+        "command": options.command,
         "fault": options.fault,
         "moments": options.points,
         "cluster": options.cluster,
@@ -227,7 +267,8 @@ def main() -> int:
     os.environ["SPARSERAMP_CACHE"] = str(folder / "cache")
     with standing(options.cluster):
         write_tiny_project(folder)
-        harness = Harness(Launcher(folder, options.cluster), options.fault, options.seed)
+        launcher = Launcher(folder, options.cluster, options.command)
+        harness = Harness(launcher, options.fault, options.seed)
         measure = {
             "events": harness.at_point, "chain": harness.in_turn, "random": harness.at_random
         }[options.points]  # fmt: skip

@@ -21,6 +21,16 @@ from typing import NamedTuple
 from tests.flows.commands import ROOT
 
 OVERRIDES = ("search.scouts=4", "prune.sparsity=0.7", "cluster.parallel=0")  # 12 trials
+STUDY = """
+[[cells]]
+spec = "tiny.toml"
+methods = ["magnitude", "wanda"]
+[cells.overrides]
+"search.scouts" = 2
+"evaluation.calibration_seeds" = 1
+"compare.checkpoints" = true
+"cluster.parallel" = 0
+"""
 LONGEST_S = 300.0  # of one command, on a busy machine
 LATE = -1000  # in place of an exit code
 
@@ -35,8 +45,8 @@ class Ended(NamedTuple):
 class Launcher:
     """Starts the command of one run; where trials are processes it is forked, which is quick."""
 
-    def __init__(self, folder: Path, cluster: str) -> None:
-        self.folder, self.forks = folder, cluster == "processes"
+    def __init__(self, folder: Path, cluster: str, command: str = "search") -> None:
+        self.folder, self.forks, self.command = folder, cluster == "processes", command
         self.environment = {"FAULT_CLUSTER": cluster, "SPARSERAMP_CACHE": str(folder / "cache")}
         if self.forks:  # what every driver and worker needs, once
             import optuna  # noqa: F401
@@ -46,7 +56,7 @@ class Launcher:
             from transformers.generation import continuous_batching  # noqa: F401
             from transformers.models.llama import modeling_llama  # noqa: F401
 
-            import flows.search  # noqa: F401
+            import flows.study  # noqa: F401
             import tasks.sweep
             import tasks.trial  # noqa: F401
 
@@ -56,8 +66,10 @@ class Launcher:
 
     def start(self, run: Path, *overrides: str, **environment: str) -> int:
         """The process that runs the command."""
-        arguments = ["search", str(self.folder / "tiny.toml"), f"run.dir={run}", "--json"]
-        arguments += [*OVERRIDES, *overrides]
+        arguments = ["search", str(self.folder / "tiny.toml"), f"run.dir={run}", *OVERRIDES]
+        if self.command == "study":
+            arguments = ["study", str(self.folder / "study.toml"), f"study.dir={run}"]
+        arguments += ["--json", *overrides]
         given = self.environment | environment
         self.errors = self.folder / "errors.txt"
         if not self.forks:
@@ -118,5 +130,6 @@ def fork(command: Callable[[], None], output: Path, errors: Path) -> int:
 
 def write_tiny_project(folder: Path) -> None:
     """In a process of its own: this one is forked, and must have no threads."""
+    (folder / "study.toml").write_text(STUDY)
     code = f"from tests.flows.commands import *; write_project(Path({str(folder)!r}))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
