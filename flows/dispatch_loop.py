@@ -75,8 +75,6 @@ class Entry:
     coming: Iterator[TrialSpec | None] | None = None
     next: tuple[TrialSpec, str] | None = None  # looked at and not begun, with its work
     out: dict[str, float] = field(default_factory=dict)  # when each trial was begun, by its work
-
-    waits: bool = False  # for a node that holds its share, and has said so
     num_ended: int = 0
     ended_s: float = 0.0
 
@@ -172,6 +170,7 @@ class _Loop:
         self.used_s = self.budget.used_before_s + sum(entry.used_s for entry in entries)
         self.known = known or Known()
         self.claims: dict[str, list[tuple[Entry, TrialSpec]]] = {}
+        self.waiting: set[Entry] = set()  # for a node that holds their share, as they have said
 
     def drive(self) -> str:
         spent = ""
@@ -200,8 +199,9 @@ class _Loop:
         spent = self._spent()
         if now >= self.budget.until + self.budget.grace_s:
             raise BudgetSpent(spent)
-        for entry in list(self.entries):
-            self._look_for_node(entry, pool)
+        waited_s = {share: pool.unheld_s(share) for share in {e.share for e in self.entries}}
+        for entry in list(self.entries) if any(waited_s.values()) or self.waiting else ():
+            self._wait_for_node(entry, waited_s[entry.share], pool.patience_s)
         fits: dict[Share, bool] = {}
         pool.held.clear()
         chosen: Entry | None = None
@@ -249,16 +249,15 @@ class _Loop:
         self.budget.num_begun += 1
         return Job(trial, entry.share, entry.timeout_s)
 
-    def _look_for_node(self, entry: Entry, pool: Pool) -> None:
+    def _wait_for_node(self, entry: Entry, waited_s: float, patience_s: float) -> None:
         """A run that no node holds any more says so, and when none has come in time it ends."""
-        waited_s = pool.unheld_s(entry.share)
         try:
-            if waited_s and entry.driven and not entry.waits:
+            if waited_s and entry.driven and entry not in self.waiting:
                 entry.driven.wait(entry.share.no_node)
-            entry.waits = waited_s > 0
-            if waited_s >= pool.patience_s and not entry.out:  # else they are failed first
+            (self.waiting.add if waited_s else self.waiting.discard)(entry)
+            if waited_s >= patience_s and not entry.out:  # else they are failed first
                 entry.driven = entry.driven or entry.run()  # whose files say why it ends
-                raise UserError(entry.share.given_up(pool.patience_s))
+                raise UserError(entry.share.given_up(patience_s))
         except UserError as error:
             self._end(entry, error)
 
@@ -318,6 +317,7 @@ class _Loop:
     def _remove(self, entry: Entry) -> None:
         """Whatever a run holds in memory goes when it has ended."""
         self.entries.remove(entry)
+        self.waiting.discard(entry)
         entry.driven = entry.coming = entry.next = None
 
     def _end(self, entry: Entry, error: Exception, *, alone: bool = False) -> None:
