@@ -12,7 +12,7 @@ import glob
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
@@ -100,12 +100,32 @@ def whole_text(source: str, column: str = "text", pattern: str = "") -> str:
 
 
 def data_sha256(modality: Modality, data: DataSpec, split: Split) -> str:
-    """A fingerprint of what a split holds: documents, or images with what is known of each."""
+    """A fingerprint of what a split holds: documents, or images with what is known of each.
+
+    It is made once in a process, of files that keep their sizes and times: a study asks for it
+    three times per cell. Raises UserError as `deal` does.
+    """
+    return _data_sha256(modality, data, split, tuple(_stamps(data)))
+
+
+@functools.lru_cache(maxsize=256)
+def _data_sha256(
+    modality: Modality, data: DataSpec, split: Split, stamps: tuple[tuple[Path, int, int], ...]
+) -> str:
     if modality == "language":
         return corpus_sha256(documents(data, split))
     from infra.images import examples_sha256
 
     return examples_sha256(data, split)
+
+
+def _stamps(data: DataSpec) -> Iterator[tuple[Path, int, int]]:
+    """Path, size in bytes and time of all files of all sources."""
+    for source in dict.fromkeys(filter(None, map(data.source_of, _WEIGHTS))):
+        path = fetch(source, "dataset")
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            about = file.stat() if file.exists() else file.lstat()  # a link that leads nowhere
+            yield file, about.st_size, about.st_mtime_ns
 
 
 def corpus_sha256(corpus: list[str]) -> str:

@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 
-from infra.documents import Split, corpus_sha256, documents, whole_text
+from infra.documents import Split, corpus_sha256, data_sha256, documents, whole_text
 from infra.errors import UserError
 from infra.specs import DataSpec
 
@@ -220,3 +220,35 @@ def test_the_fingerprint_knows_borders_and_order() -> None:
     assert corpus_sha256(["ab", "c"]) != corpus_sha256(["a", "bc"])
     assert corpus_sha256(["a", "b"]) != corpus_sha256(["b", "a"])
     assert corpus_sha256(["a", "b"]) == corpus_sha256(["a", "b"])
+
+
+def test_a_split_is_hashed_once_for_all_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until a file of its source changes, or another is there; another column is other text."""
+    hashed: list[int] = []
+
+    def counting(corpus: list[str]) -> str:
+        hashed.append(len(corpus))
+        return corpus_sha256(corpus)
+
+    monkeypatch.setattr("infra.documents.corpus_sha256", counting)
+    (tmp_path / "corpus").mkdir()
+    file = tmp_path / "corpus" / "a.jsonl"
+    rows = [{"text": f"text {i}", "other": f"other {i}"} for i in range(60)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataSpec(source=str(tmp_path / "corpus"))
+
+    def digests(data: DataSpec) -> list[str]:
+        return [data_sha256("language", data.model_copy(), split) for split in SPLITS]
+
+    first = digests(data)
+    assert first == [corpus_sha256(documents(data, split)) for split in SPLITS]
+    assert digests(data) == first and len(hashed) == 3
+    other = digests(data.model_copy(update={"column": "other"}))
+    assert not set(other) & set(first) and len(hashed) == 6
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:40]))
+    shorter = digests(data)
+    assert not set(shorter) & set(first) and len(hashed) == 9
+    (tmp_path / "corpus" / "b.jsonl").write_text(json.dumps({"text": "t", "other": "o"}) + "\n")
+    assert digests(data) != shorter
