@@ -18,7 +18,7 @@ from pydantic import (
 class Frozen(BaseModel):
     """A spec or record that does not change after it was made."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 Modality = Literal["language", "vision", "multimodal"]
@@ -250,10 +250,13 @@ class TrackingSpec(Frozen):
     enabled: bool = True
 
 
+NO_NUL = r"^[^\x00]*$"  # of paths
+
+
 class RunSpec(Frozen):
     """Where results are written."""
 
-    dir: str = Field("", pattern=r"^[^\x00]*$", description="empty: runs/<name of the spec file>")
+    dir: str = Field("", pattern=NO_NUL, description="empty: runs/<name of the spec file>")
 
 
 class Spec(Frozen):

@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 
 from infra.errors import UserError
 from infra.spec_files import apply_overrides, explain, parse_spec, read_toml
-from infra.specs import CompareSpec, Frozen, Spec
+from infra.specs import NO_NUL, CompareSpec, Frozen, Spec
 
 
 class BudgetSpec(Frozen):
@@ -52,12 +52,12 @@ class StudySpec(Frozen):
 
 
 class _Study(Frozen):
-    dir: str = Field("", description="empty: runs/<name of the study file>")
+    dir: str = Field("", pattern=NO_NUL, description="empty: runs/<name of the study file>")
     parallel: int = Field(0, ge=0, description="trials at once, of all cells; 0: as many as fit")
 
 
 class _Cells(Frozen):
-    spec: str = Field(description="path of an ordinary spec")
+    spec: str = Field(pattern=NO_NUL, description="path of an ordinary spec")
     name: str = Field("", pattern=r"^[a-z0-9.-]*$", description="prefix of the cells' folders")
     overrides: dict[str, Any] = {}
     models: list[str] = []

@@ -73,7 +73,8 @@ def pending(run_dir: str | Path) -> int:
     if not store.spec.tracking.enabled:
         return 0
     left = 0
-    for run in (RunStore.read(folder) for folder, _ in _runs(store)):
+    read = (RunStore.read(folder) for folder, _ in _runs(store))
+    for run in (each for each in read if each.spec.tracking.enabled):
         path = run.path("tracking.json")
         state = json.loads(path.read_bytes()) if path.exists() else {}
         pushed = state["trials"] if state.get("uri") == uri_of(run) else []
@@ -163,18 +164,14 @@ class _Mirror:
     def _parent(self) -> str:
         events = self.store.events()  # none where a start was killed before its first
         begun = datetime.fromisoformat(events[0]["time"]) if events else datetime.now()
-        start_ms = int(begun.timestamp() * 1000)
-        run = self._open(PARENT, self.store.dir.resolve().name, start_ms, {})
+        run = self._open(PARENT, self.store.dir.resolve().name, int(begun.timestamp() * 1000), {})
         self._log(run, 0, _flat(self.store.spec.identity()), {})
         if self.runs[PARENT].info.status != "RUNNING":  # resumed
             self.client.update_run(run, status="RUNNING")
         return run
 
     def _push_details(self) -> None:
-        """Where the numbers come from; the model and the data are known some time after the start.
-
-        The driver notes hashes of data by `store.event("data", **hashes)`.
-        """
+        """Where the numbers come from; of model and data some time after the start."""
         details = dict(self.store.provenance)
         if model := self.store.model():
             details["model.sha256"] = model.sha256
@@ -211,9 +208,8 @@ class _Mirror:
         if result.state == "complete":
             metrics |= result.metrics()
         self._log(run, end, _flat(spec.model_dump(exclude={"profile"})), metrics)
-        # Last, because a run that has ended counts as pushed.
         status = "FINISHED" if result.state == "complete" else "FAILED"
-        self.client.set_terminated(run, status, end)
+        self.client.set_terminated(run, status, end)  # last: one that has ended counts as pushed
 
     def _push_report(self) -> None:
         path = self.store.path("report.json")
@@ -279,7 +275,11 @@ def _follow(store: RunStore, until_pid: int, give_up_s: float = GIVE_UP_S) -> bo
         try:
             for folder, reported in [run for run in _runs(store) if run not in done]:
                 if mirror is None or mirror.store.dir != folder:
-                    mirror = _Mirror(RunStore.read(folder))
+                    cell = RunStore.read(folder)
+                    if reported and not cell.spec.tracking.enabled:
+                        done.add((folder, reported))
+                        continue
+                    mirror = _Mirror(cell)
                 mirror.push()
                 if reported or not alive:
                     mirror.finish()
@@ -326,8 +326,8 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"prune": {"beta": 0.01}}` as `{"prune.beta": 0.01}`."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        name = prefix + key
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+        key = prefix + key
+        flat |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
     return flat
 
 

@@ -7,11 +7,13 @@ mirror.record(result)   # then: optuna-dashboard runs/quickstart/optuna.log
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
 from infra.errors import UserError
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 RETRY_S = 60.0
+CLOSE_S = 5.0  # what a storage that does not answer may hold up at the end of a run
 
 
 class StudyMirror:
@@ -34,7 +37,7 @@ class StudyMirror:
     carries its `number`, so that none is told twice or stays RUNNING for ever. A thread of its own
     does the work, because a storage that is locked or gone would hold up the search; `problem` then
     says why, what was not told is tried again once a minute and at `close`, and `rebuild` at the
-    next start tells the rest.
+    next start tells the rest. `close` waits for it no longer than CLOSE_S, a process that ends not.
     """
 
     def __init__(
@@ -50,14 +53,16 @@ class StudyMirror:
         self.problem = ""
         self._name = run_dir.resolve().name
         self._run_id, self._bounds, self._objective = run_id, bounds, objective
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="optuna")
+        self._waiting: deque[TrialResult] = deque()
+        self._calls: SimpleQueue[bool] = SimpleQueue()  # of the thread; True is the last one
         # what follows belongs to the thread
-        self._waiting: list[TrialResult] = []
         self._storage: BaseStorage | None = None
         self._studies: dict[int, tuple[optuna.Study, set[int]]] = {}
         self._retry_at = 0.0
         if storage:
             _check_url(storage)
+        self._thread = threading.Thread(target=self._work, name="optuna", daemon=True)
+        self._thread.start()
 
     def record(self, result: TrialResult) -> None:
         """Tell one trial, unless it is known or not of the search."""
@@ -65,7 +70,8 @@ class StudyMirror:
 
     def rebuild(self, results: Iterable[TrialResult]) -> None:
         """Tell whatever search trials the storage lacks, in the given order."""
-        self._thread.submit(self._tell, [r for r in results if r.spec.stage == "search"])
+        self._waiting.extend(r for r in results if r.spec.stage == "search")
+        self._calls.put(False)
 
     @property
     def untold(self) -> int:
@@ -74,11 +80,18 @@ class StudyMirror:
 
     def close(self) -> int:
         """Try once more; how many trials remain untold."""
-        left = self._thread.submit(self._tell, [], last=True).result()
-        self._thread.shutdown()
-        return left
+        self._calls.put(True)
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            self.problem = self.problem or f"Optuna storage did not answer in {CLOSE_S:g} s"
+        return self.untold
 
-    def _tell(self, results: list[TrialResult], last: bool = False) -> int:
+    def _work(self) -> None:
+        while not (last := self._calls.get()):
+            self._tell(last)
+        self._tell(last)
+
+    def _tell(self, last: bool) -> None:
         from optuna.exceptions import OptunaError
 
         expected: list[type[Exception]] = [OptunaError, OSError, ValueError]
@@ -88,13 +101,12 @@ class StudyMirror:
 
             expected.append(sqlalchemy.exc.SQLAlchemyError)
             where = repr(sqlalchemy.make_url(self.url))  # without its password
-        self._waiting += results
         if time.monotonic() < self._retry_at and not last:
-            return len(self._waiting)
+            return
         try:
             while self._waiting:
                 self._add(self._waiting[0])
-                self._waiting.pop(0)
+                self._waiting.popleft()
             self.problem = ""
         except tuple(expected) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
@@ -102,7 +114,6 @@ class StudyMirror:
             self._retry_at = time.monotonic() + RETRY_S
             self._storage = None  # what is known there is read anew
             self._studies.clear()
-        return len(self._waiting)
 
     def _add(self, result: TrialResult) -> None:
         if result.spec.rung not in self._studies:
@@ -156,5 +167,6 @@ def _check_url(url: str) -> None:
 
     try:
         sqlalchemy.make_url(url).get_dialect().import_dbapi()
-    except (ImportError, sqlalchemy.exc.ArgumentError) as error:
-        raise UserError(f"search.storage={url!r} cannot be used: {error}") from error
+    except (ImportError, ValueError, sqlalchemy.exc.ArgumentError) as error:
+        shown = re.sub(r"//.*@", "//***@", url)  # no password
+        raise UserError(f"search.storage={shown!r} cannot be used: {error}") from error

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from tests.faults.inputs import CANARY, CASES
@@ -33,11 +34,13 @@ def main() -> int:
     words = options.words
     import flows.evaluate
     import flows.search
+    import flows.study
     import modalities.language  # noqa: F401
     import tasks.trial  # noqa: F401
     from tests.faults.processes import connect
 
     flows.search.connect = connect  # type: ignore[attr-defined, assignment]
+    flows.study.study = partial(flows.study.study, connect=connect)  # type: ignore[arg-type, assignment]
     folder = Path(tempfile.mkdtemp(prefix="ramp-hostile-"))
     clean = folder / "clean"
     clean.mkdir()

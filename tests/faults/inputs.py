@@ -77,6 +77,29 @@ def _given(*overrides: str) -> Case:
     return lambda sandbox: _search(sandbox, *(each.format(sandbox) for each in overrides))
 
 
+def _study(text: bytes | str, *overrides: str) -> Case:
+    """A study file, whose cells are below `new`."""
+
+    def spoil(sandbox: Path) -> list[str]:
+        file = sandbox / "study.toml"
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        given = [f"study.dir={sandbox / 'new'}", *(each.format(sandbox) for each in overrides)]
+        return ["study", str(file), *given]
+
+    return spoil
+
+
+def _reported_study(text: str) -> Case:
+    def spoil(sandbox: Path) -> list[str]:
+        header = json.loads((sandbox / "run" / "run.json").read_text())
+        header["identity"]["command"] = "study"
+        (sandbox / "run" / "run.json").write_text(json.dumps(header))
+        (sandbox / "run" / "study.json").write_text(text)
+        return _command(sandbox, "report")
+
+    return spoil
+
+
 def _packed(change: Callable[[dict[str, Any]], None]) -> Case:
     def spoil(sandbox: Path) -> list[str]:
         manifest = manifest_of(sandbox / "packed")
@@ -198,6 +221,29 @@ OVERRIDES: dict[str, str] = {
     "an override of an attribute": "prune.__class__=1",
     "an override of a section": "prune=1",
 }
+CELL = '[[cells]]\nspec = "tiny.toml"\n'
+STUDIES: dict[str, Case] = {
+    "an empty study": _study(""),
+    "noise for a study": _study(NOISE),
+    "a deep study": _study(f"cells = {DEEP}"),
+    "a study whose cells are a number": _study("cells = 1"),
+    "a study that names itself": _study(CELL.replace("tiny", "study")),
+    "a study of a spec with a NUL": _study(CELL.replace("tiny", "a\\u0000")),
+    "a study of a device": _study(CELL.replace("tiny.toml", "/dev/null")),
+    "a study in a folder with a NUL": _study(CELL, "study.dir={}/a\x00b"),
+    "a study in a file": _study(CELL, "study.dir={}/text.txt"),
+    "an infinite priority": _study(CELL + "priority = inf\n"),
+    "a priority that is NaN": _study(CELL + "priority = nan\n"),
+    "an infinite budget": _study(CELL, "budget.gpu_hours=inf"),
+    "hours that are NaN": _study(CELL, "budget.hours=nan"),
+    "a group whose name climbs": _study(CELL + 'name = "../x"\n'),
+    "an override of a value in it": _study(CELL + 'overrides = {"prune.method.a" = 1}\n'),
+    "a study of no model": _study(CELL + 'models = ["/none"]\n'),
+    "an infinite beta": _study(CELL + 'overrides = {"prune.beta" = inf}\n'),
+    "noise for study.json": _reported_study("noise"),
+    "half of study.json": _reported_study('{"dir": "x", "groups": ['),
+    "a study.json of no groups": _reported_study('{"dir": "x"}'),
+}
 RUN_FILES = ("run.json", "spec.toml", "model.json", "waves/0001.json", "trials/00003.json")
 RUN_TEXTS: dict[str, bytes | str] = {
     "emptied": b"",
@@ -237,6 +283,7 @@ CONFIG = "model/config.json"
 CASES: dict[str, Case] = {
     **{name: _content("tiny.toml", text) for name, text in SPEC_TEXTS.items()},
     **{name: _given(override) for name, override in OVERRIDES.items()},
+    **STUDIES,
     **{
         f"{file} {name}": _content(f"run/{file}", text, "report")
         for file in RUN_FILES

@@ -4,6 +4,7 @@ import math
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -155,6 +156,12 @@ def test_default_sampler_leaves_torch_alone() -> None:
 Make = Callable[..., TrialResult]
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine may be busy."""
+    monkeypatch.setattr("infra.samplers.mirror.CLOSE_S", 60.0)
+
+
 def mirrored(
     folder: Path, results: list[TrialResult], *, url: str = "", run: str = "a" * 32
 ) -> int:
@@ -257,6 +264,29 @@ def test_locked_storage_does_not_hold_up_the_search(
     assert [t.user_attrs["number"] for t in told] == [0, 1, 2]
 
 
+def test_a_storage_that_never_answers_is_left_in_the_end(
+    make_result: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a run that closes nor a process that ends waits for it."""
+    monkeypatch.setattr("infra.samplers.mirror.CLOSE_S", 0.1)
+    answers = threading.Event()
+    tell = StudyMirror._add
+    monkeypatch.setattr(
+        StudyMirror, "_add", lambda mirror, result: answers.wait() and tell(mirror, result)
+    )
+    mirror = StudyMirror(tmp_path, "a" * 32, "", {"beta": (-BOUND, BOUND)})
+    for number in (0, 1):
+        mirror.record(make_result(number, 0.001 * number))
+    assert mirror.close() == 2
+    assert "did not answer" in mirror.problem
+    assert mirror._thread.daemon
+    answers.set()
+    mirror._thread.join(60)
+    assert mirrored(tmp_path, [make_result(n, 0.001 * n) for n in range(3)]) == 0
+    told = trials(tmp_path / "optuna.log", f"{tmp_path.name}/rung0")
+    assert [t.user_attrs["number"] for t in told] == [0, 1, 2]
+
+
 def test_half_a_line_of_a_writer_that_was_killed_is_told_again(
     make_result: Make, tmp_path: Path
 ) -> None:
@@ -311,8 +341,11 @@ def test_runs_of_one_name_share_a_storage_without_mixing(make_result: Make, tmp_
         assert len(optuna.load_study(study_name=name, storage=url).trials) == 1
 
 
-@pytest.mark.parametrize("url", ["no url", "oracle9://host/db", "mysql+mysqldb://host/db"])
+@pytest.mark.parametrize(
+    "url",
+    ["no url", "oracle9://me:secret@host/db", "mysql+mysqldb://host/db", "sqlite://a:secret@b:c/d"],
+)
 def test_storage_that_cannot_be_used_is_refused_at_once(url: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"search\.storage=") as error:
         StudyMirror(tmp_path, "a" * 32, url, {"beta": (-BOUND, BOUND)})
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "secret" not in str(error.value)

@@ -45,6 +45,21 @@ def test_one_mirror_serves_the_cells_of_a_comparison(
     assert finished(cells[0]) == ["a", "b", "trial 00000", "trial 00000", "trial 00001"]
 
 
+def test_a_cell_without_tracking_is_not_mirrored(
+    make_spec: Callable[..., Spec], make_result: Callable[..., TrialResult], tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs" / "night"
+    with RunStore.open(make_spec(run={"dir": str(folder)}), "study"):
+        for name, enabled in (("a", True), ("b", False)):
+            run = {"dir": str(folder / name)}
+            with RunStore.open(make_spec(run=run, tracking={"enabled": enabled})) as cell:
+                cell.write_result(make_result(0))
+                report(cell)
+    assert tracking.pending(folder) == 1
+    assert sync(folder) == 0
+    assert [path.parent.name for path in folder.glob("*/tracking.json")] == ["a"]
+
+
 def finished(cell: RunStore) -> list[str]:
     """What MLflow shows of all cells and has ended."""
     client = mlflow.MlflowClient(tracking.uri_of(cell))
