@@ -302,9 +302,7 @@ def test_half_a_line_of_a_writer_that_was_killed_is_told_again(
         assert [t.user_attrs["number"] for t in told] == [0, 1, 2]
 
 
-def test_a_journal_that_is_spoiled_or_no_file_stops_nothing(
-    make_result: Make, tmp_path: Path
-) -> None:
+def test_a_storage_that_is_spoiled_or_gone_stops_nothing(make_result: Make, tmp_path: Path) -> None:
     (tmp_path / "optuna.log").write_bytes(b"\x00\x00\n")
     mirror = StudyMirror(tmp_path, "a" * 32, "", {"beta": (-BOUND, BOUND)})
     mirror.record(make_result(0))
@@ -312,11 +310,6 @@ def test_a_journal_that_is_spoiled_or_no_file_stops_nothing(
     (tmp_path / "optuna.log").unlink()
     (tmp_path / "optuna.log").mkdir()
     assert mirrored(tmp_path, [make_result(0)]) == 1
-
-
-def test_storage_that_is_gone_leaves_the_trials_for_later(
-    make_result: Make, tmp_path: Path
-) -> None:
     assert mirrored(tmp_path, [make_result(0)], url="sqlite:////proc/none/optuna.db") == 1
 
 
