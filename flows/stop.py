@@ -57,16 +57,18 @@ def stop(folder: Path) -> dict[str, Any]:
     above = folder.resolve().parent
     if _same_process(driver, driver_of(above)):
         raise UserError(f"{folder} is a cell of {above}, whose driver works on all: stop {above}")
+    told = False
     if driver.is_here:
         try:
             os.kill(driver.pid, signal.SIGTERM)
+            told = True
         except PermissionError:
-            (folder / FILE).touch()
-        except ProcessLookupError:  # it has ended by itself
             pass
-    else:
-        (folder / FILE).touch()
+        except ProcessLookupError:  # it has ended by itself
+            told = True
     while driver_of(folder) == driver:
+        if not told:  # again and again: a driver that begins removes one that is there
+            (folder / FILE).touch()
         time.sleep(WAIT_S)
     (folder / FILE).unlink(missing_ok=True)
     numbers = sum(len(RunStore.read(f).numbers()) for f in _runs(folder))

@@ -4,6 +4,7 @@ python -m pytest tests/flows/test_study.py
 """
 
 import csv
+import itertools
 import json
 import socket
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 from flows.cells import study_cells
 from flows.leaderboard import Leaderboard
 from flows.overview import Overview
+from flows.stop import stop
 from flows.study import _budget, _Writer
+from infra.driver import Driver
 from infra.errors import UserError
 from infra.spec_files import load_spec
 from infra.specs import RunSpec
@@ -286,3 +289,25 @@ def test_hours_of_a_driver_that_was_killed_count(
         assert [event["event"] for event in store.events()] == ["created", "going"]
         left_s = _budget(BudgetSpec(hours=1), store).until
     assert 3590 < left_s <= 3600 - 0.2
+
+
+def test_a_stop_that_a_beginning_driver_removes_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver on another host has its lock before it removes what meant an earlier one."""
+    spec = load_spec(write_project(tmp_path))
+    RunStore.open(spec).close()
+    file, heard, looks = tmp_path / "run" / "stop", [], itertools.count()
+
+    def driver_of(folder: Path) -> Driver | None:
+        assert next(looks) < 100
+        if folder != file.parent or len(heard) == 2:
+            return None
+        if file.exists():
+            heard.append(file.unlink())
+        return Driver(1, "elsewhere", "2026-01-01T00:00:00+00:00")
+
+    monkeypatch.setattr("flows.stop.driver_of", driver_of)
+    monkeypatch.setattr("flows.stop.WAIT_S", 0.0)
+    assert stop(file.parent)["pid"] == 1
+    assert len(heard) == 2 and not file.exists()
