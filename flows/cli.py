@@ -18,7 +18,9 @@ from typing import Any, NoReturn
 from infra import environment
 from infra.errors import UserError, one_line
 
-OVERRIDES = "section.key=value, say prune.sparsity=0.7 run.dir=runs/seventy"
+OVERRIDES = (
+    "section.key=value, say prune.sparsity=0.7 run.dir=runs/seventy; of a study, budget.hours=8"
+)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -80,6 +80,8 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> StudySpe
     """
     path = Path(path)
     raw = read_toml(path)
+    if "cells" not in raw and "model" in raw:
+        raise UserError(f"{path} is the spec of one search: sparseramp search {path}")
     apply_overrides(raw, overrides or [])
     try:
         file = _File.model_validate(raw)
@@ -96,6 +98,10 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> StudySpe
 def _group(cells: _Cells, study: Path) -> Group:
     path = study.parent / cells.spec
     path = path if path.exists() else Path(cells.spec)
+    if not path.exists():
+        raise UserError(
+            f"no spec {cells.spec} beside {study} or in the working directory: correct cells.spec"
+        )
     raw = read_toml(path)
     for key, value in cells.overrides.items():
         *sections, last = key.split(".")

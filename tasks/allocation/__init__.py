@@ -205,8 +205,6 @@ def values_of(prune: PruneSpec, matrices: Matrices) -> dict[str, float]:
         if name not in known:
             does = f"{nearest(name, known)}" if known else "it has no numbers"
             raise UserError(f"prune.parameters.{name}: not a number of {prune.allocation}: {does}")
-        if not math.isfinite(value):
-            raise UserError(f"prune.parameters.{name}={value}: give a finite number")
         given[name] = value
     for parameter in parameters:
         value = (values | given)[parameter.name]

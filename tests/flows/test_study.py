@@ -230,7 +230,10 @@ def test_stop_from_another_terminal(
         (("priority = 1", "priorty = 1"), r"unknown key 'cells\.0\.priorty': did you mean"),
         (("priority = 1", "priority = 0"), r"cells\.0\.priority=0.*greater than 0"),
         (('spec = "tiny.toml"', ""), r"'cells\.0\.spec' is missing"),
-        (('"tiny.toml"', '"none.toml"'), r"cannot read spec none\.toml: No such file"),
+        (
+            ('"tiny.toml"', '"none.toml"'),
+            r"no spec none\.toml beside .*study\.toml or in the working directory: correct",
+        ),
         (("[study]", "[study]\nfolder = 1"), r"unknown key 'study\.folder'"),
         (("[[cells]]", "[budget]\nhours = -1\n[[cells]]"), r"budget\.hours=-1"),
         (("search.scouts", "search.scoutz"), r"unknown key 'search\.scoutz'.*tiny\.toml, of "),

@@ -3,7 +3,6 @@
 python -m pytest tests/tasks/test_allocation_families.py
 """
 
-import math
 from itertools import pairwise
 from typing import Any
 
@@ -239,10 +238,6 @@ def test_numbers_of_a_spec() -> None:
         (
             PruneSpec(parameters={"beta": 0.1}),
             "prune.parameters.beta: beta is a key of its own, set prune.beta",
-        ),
-        (
-            PruneSpec(allocation="dlp", parameters={"alpha": math.nan}),
-            "prune.parameters.alpha=nan: give a finite number",
         ),
         (
             PruneSpec(allocation="uniform", beta=0.01),
