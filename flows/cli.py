@@ -18,9 +18,7 @@ from typing import Any, NoReturn
 from infra import environment
 from infra.errors import UserError, one_line
 
-OVERRIDES = "section.key=value, say prune.sparsity=0.7 run.dir=runs/seventy (studies: budget.hours=8)"
-    "section.key=value, say prune.sparsity=0.7 run.dir=runs/seventy; of a study, budget.hours=8"
-)
+OVERRIDES = "section.key=value, say prune.sparsity=0.7 run.dir=runs/seventy"
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
