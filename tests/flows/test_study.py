@@ -6,6 +6,7 @@ python -m pytest tests/flows/test_study.py
 import csv
 import itertools
 import json
+import os
 import socket
 import subprocess
 import time
@@ -208,7 +209,7 @@ def test_stop_from_another_terminal(
     assert found["trials"]["complete"] >= 1
     assert found["states"]["going"] >= 1
     if how == "signal":
-        cell = next(folder.glob("*/run.json")).parent
+        cell = max(folder.glob("*/run.json"), key=os.path.getmtime).parent  # not yet ended
         alone = run("stop", cell, cache=cache)
         assert alone.returncode == 2
         assert f"stop {folder.resolve()}" in alone.stderr
