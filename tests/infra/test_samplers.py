@@ -158,8 +158,7 @@ Make = Callable[..., TrialResult]
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine may be busy."""
-    monkeypatch.setattr("infra.samplers.mirror.CLOSE_S", 60.0)
+    monkeypatch.setattr("infra.samplers.mirror.CLOSE_S", 60.0)  # the machine may be busy
 
 
 def mirrored(
