@@ -32,12 +32,11 @@ class StudyMirror:
     """Finished search trials as Optuna studies, one per rung: `<run name>/rung<k>`.
 
     They stand in a journal, which is in the run directory unless given, or in the database that
-    `storage` names. A loss
-    is minimised, a score maximised. Files are the truth: a trial goes in by one transaction and
-    carries its `number`, so that none is told twice or stays RUNNING for ever. A thread of its own
-    does the work, because a storage that is locked or gone would hold up the search; `problem` then
-    says why, what was not told is tried again once a minute and at `close`, and `rebuild` at the
-    next start tells the rest. `close` waits for it no longer than CLOSE_S, a process that ends not.
+    `storage` names. A loss is minimised, a score maximised. Files are the truth: a trial goes in by
+    one transaction and carries its `number`, so that none is told twice or stays RUNNING for ever.
+    A thread of its own does the work, because a storage that is locked or gone would hold up the
+    search; `problem` then says why, what was not told is tried again once a minute and at `close`,
+    and `rebuild` at the next start tells the rest. `close` waits no longer than CLOSE_S.
     """
 
     def __init__(

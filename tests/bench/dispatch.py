@@ -23,6 +23,8 @@ import numpy
 import psutil
 from safetensors.numpy import save_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for what the tests share
+
 from flows.budget import Budget
 from flows.dispatch_loop import FAIR, Entry, drive
 from flows.study import study

@@ -1,6 +1,6 @@
 """What it costs to find the number of each one-number allocation.
 
-    python tests/bench/families.py [--json] [--sparsity 0.7] [--samples 8] [--windows 16]
+    python -m tests.bench.families [--json] [--sparsity 0.7] [--samples 8] [--windows 16]
 
 For arithmetic, OWL, AlphaPruning and DLP: tenths of the number's bound, all at full fidelity, are
 the fine grid; the search then runs as it always does, and after each of its waves the candidate

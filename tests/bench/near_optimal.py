@@ -1,6 +1,6 @@
 """How much of what free block rates could gain does the line reach?
 
-    python tests/bench/near_optimal.py [--json] [--sparsity 0.6] [--times 20]
+    python -m tests.bench.near_optimal [--json] [--sparsity 0.6] [--times 20]
 
 Uniform, the searched line, and a free search over all block rates (CMA-ES at scout fidelity, with
 --times the token passes of the line's search), all measured on the report split with the same

@@ -1,6 +1,6 @@
 """What an MLflow server that is down costs a search: the whole command, side by side.
 
-    python tests/bench/outage.py --json
+    python -m tests.bench.outage --json
 
 A search of 12 trials on a tiny model, its trials in plain processes, so that seconds would show:
 without tracking, with MLflow's own file, with an address that refuses, and with a server that takes
@@ -13,14 +13,11 @@ import os
 import shutil
 import socket
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import psutil
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.faults.launcher import Launcher, write_tiny_project
 

@@ -1,6 +1,6 @@
 """How often a beta found on little data is within one step of the one found on all of it.
 
-    python tests/bench/scouts.py [--json] [--seeds 5] [--samples 8] [--windows 8]
+    python -m tests.bench.scouts [--json] [--seeds 5] [--samples 8] [--windows 8]
 
 Three models: SmolLM2-135M (dequantised from 4 bits) and two small ones of other families, trained
 here for some minutes. For each model and calibration seed, tilts 0, 0.1, ... 0.9 are measured with

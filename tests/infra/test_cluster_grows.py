@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from infra.dashboards import free_port
 from infra.environment import CHECKOUT
 from tests.flows.commands import write_project
-from tests.infra.heads import as_user_of, free_port, head
+from tests.infra.heads import as_user_of, head
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 

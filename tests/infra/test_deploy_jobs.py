@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from infra.dashboards import free_port
 from infra.environment import CHECKOUT
 from tests.flows.commands import write_project
-from tests.infra.heads import as_user_of, free_port, head
+from tests.infra.heads import as_user_of, head
 
 MISSING = [
     name for name in ("aiohttp_cors", "opencensus", "prometheus_client") if not find_spec(name)

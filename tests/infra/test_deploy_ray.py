@@ -34,19 +34,14 @@ STANDINS = {
 
 
 @pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def slurm(tmp_path: Path, driver: list[subprocess.Popen[str]]) -> list[subprocess.Popen[str]]:
     """Stand-ins for Slurm, Ray and the driver in the working directory, which note their calls."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     for name, body in STANDINS.items():
         path = tmp_path / ".venv" / "bin" / name
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(0o755)
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    return driver
 
 
 def submit(folder: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -12,7 +12,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.dashboards import free_port
 from infra.store import RunStore
 from tests.flows.commands import run, write_project
 
@@ -36,12 +36,6 @@ pytestmark = [
         not importlib.util.find_spec("psycopg"), reason="no driver: pip install 'psycopg[binary]'"
     ),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return int(unused.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
