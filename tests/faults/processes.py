@@ -3,7 +3,8 @@
     with connect(ClusterSpec()) as cluster:
         list(cluster.dispatch(run_trial, source))
 
-Workers are forked, so that one whose parent has torch pays nothing to start; they end with it.
+Workers are forked where this process has no threads, so that one whose parent has torch pays
+nothing to start; they end with it.
 """
 
 import contextlib
@@ -54,9 +55,11 @@ class Process:
     """One worker."""
 
     def __init__(self) -> None:
-        fork = multiprocessing.get_context("fork")
-        self.pipe, theirs = fork.Pipe()
-        self.process = fork.Process(target=_work, args=(theirs,), daemon=True)
+        # OpenMP's threads, which a forked process would wait for, do not come along.
+        alone = len(list(Path("/proc/self/task").iterdir())) == 1
+        context = multiprocessing.get_context("fork" if alone else "spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs,), daemon=True)  # type: ignore[attr-defined]
         self.process.start()
         theirs.close()
 
@@ -179,13 +182,14 @@ def _work(orders: connection.Connection) -> None:
             with contextlib.suppress(OSError):
                 os.close(file)
     worker = Worker(threads=1)
-    while True:
-        kind, function, args = orders.recv()
-        try:
-            if kind == "trial":
-                spec, divisor, node = args
-                orders.send(worker.trial(function, spec, divisor, node))
-            else:
-                orders.send(worker.call(function, args, {}))
-        except UserError as error:
-            orders.send(error)
+    with contextlib.suppress(EOFError):  # whoever gives orders has gone
+        while True:
+            kind, function, args = orders.recv()
+            try:
+                if kind == "trial":
+                    spec, divisor, node = args
+                    orders.send(worker.trial(function, spec, divisor, node))
+                else:
+                    orders.send(worker.call(function, args, {}))
+            except UserError as error:
+                orders.send(error)
