@@ -26,8 +26,9 @@ def main(arguments: list[str]) -> None:
     from tests.faults.processes import connect
 
     if os.environ.get("FAULT_CLUSTER") == "processes":
-        search.connect = connect  # type: ignore[attr-defined, assignment]
-        study.study = partial(study.study, connect=connect)  # type: ignore[arg-type, assignment]
+        forked = partial(connect, method="fork")  # the driver computes nothing
+        search.connect = forked  # type: ignore[attr-defined, assignment]
+        study.study = partial(study.study, connect=forked)  # type: ignore[arg-type, assignment]
     fault, _, number = os.environ.get("FAULT", "").partition(":")
     reach = _Points(SIGNALS.get(fault), -1 if number == "new" else int(number or 0))
     RunStore.event = reach.around(  # type: ignore[method-assign]

@@ -39,8 +39,9 @@ def main() -> int:
     import tasks.trial  # noqa: F401
     from tests.faults.processes import connect
 
-    flows.search.connect = connect  # type: ignore[attr-defined, assignment]
-    flows.study.study = partial(flows.study.study, connect=connect)  # type: ignore[arg-type, assignment]
+    forked = partial(connect, method="fork")
+    flows.search.connect = forked  # type: ignore[attr-defined, assignment]
+    flows.study.study = partial(flows.study.study, connect=forked)  # type: ignore[arg-type, assignment]
     folder = Path(tempfile.mkdtemp(prefix="ramp-hostile-"))
     clean = folder / "clean"
     clean.mkdir()

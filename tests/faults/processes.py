@@ -3,8 +3,8 @@
     with connect(ClusterSpec()) as cluster:
         list(cluster.dispatch(run_trial, source))
 
-Workers are forked where this process has no threads, so that one whose parent has torch pays
-nothing to start; they end with it.
+Workers end with this process. Forked ones, whose parent has torch, pay nothing to start, but wait
+for ever for OpenMP's threads where their parent had any: a process that has computed must spawn.
 """
 
 import contextlib
@@ -39,11 +39,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
-def connect(spec: ClusterSpec) -> Iterator["Processes"]:
+def connect(spec: ClusterSpec, method: str = "spawn") -> Iterator["Processes"]:
     """Workers of this process; an address is only checked."""
     if spec.address:
         check_address(spec.address)
-    cluster = Processes(spec)
+    cluster = Processes(spec, method)
     try:
         yield cluster
     finally:
@@ -54,10 +54,8 @@ def connect(spec: ClusterSpec) -> Iterator["Processes"]:
 class Process:
     """One worker."""
 
-    def __init__(self) -> None:
-        # OpenMP's threads, which a forked process would wait for, do not come along.
-        alone = len(list(Path("/proc/self/task").iterdir())) == 1
-        context = multiprocessing.get_context("fork" if alone else "spawn")
+    def __init__(self, method: str) -> None:
+        context = multiprocessing.get_context(method)
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs,), daemon=True)  # type: ignore[attr-defined]
         self.process.start()
@@ -78,8 +76,9 @@ class Reference:
 class ProcessMachines:
     """This machine, with room for two workers; see infra.cluster.machines.Machines."""
 
-    def __init__(self) -> None:
-        self.processes = [Process() for _ in range(PARALLEL)]  # before there are any threads
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self.processes = [Process(method) for _ in range(PARALLEL)]
         self.unused = list(self.processes)
 
     def now(self) -> float:
@@ -94,7 +93,7 @@ class ProcessMachines:
 
     def start(self, share: Share, node: str) -> Process:
         if not self.unused:
-            self.unused.append(Process())
+            self.unused.append(Process(self.method))
             self.processes += self.unused
         return self.unused.pop()
 
@@ -133,8 +132,8 @@ class ProcessMachines:
 class Processes:
     """What a flow asks of a cluster; see infra.cluster.Cluster."""
 
-    def __init__(self, spec: ClusterSpec) -> None:
-        self.machines = ProcessMachines()
+    def __init__(self, spec: ClusterSpec, method: str) -> None:
+        self.machines = ProcessMachines(method)
         self.pool = Pool(self.machines, spec.model_copy(update={"cpus_per_trial": 1}))
         self.share, self.parallel = self.pool.share, PARALLEL
 
