@@ -132,7 +132,7 @@ class ProcessMachines:
 class Processes:
     """What a flow asks of a cluster; see infra.cluster.Cluster."""
 
-    def __init__(self, spec: ClusterSpec, method: str) -> None:
+    def __init__(self, spec: ClusterSpec, method: str = "spawn") -> None:
         self.machines = ProcessMachines(method)
         self.pool = Pool(self.machines, spec.model_copy(update={"cpus_per_trial": 1}))
         self.share, self.parallel = self.pool.share, PARALLEL
