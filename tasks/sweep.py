@@ -14,7 +14,7 @@ only while batches stand at it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +30,8 @@ from modalities.products import Matrix, ProductWatcher
 from tasks.allocation import MOST, zeros_per_matrix
 from tasks.errors import ErrorCurve
 from tasks.gradients import matrix_gradients
-from tasks.lockstep import Lockstep, Pass, Run, pause, torch_state_set_aside
+from tasks.lockstep import Lockstep, Pass, Run, pause
+from tasks.meter import Meter, identity
 from tasks.pruning import method_named, prune_in_place
 from tasks.pruning.inputs import InputStatistics
 from tasks.pruning.patterns import UNSTRUCTURED, budgets, settled
@@ -222,7 +223,7 @@ class _Sweep:
 
     def _prune_block(self, index: int, calibrating: list[Run], close: bool) -> None:
         """Two passes: all inputs of the dense block first, then its pruned outputs."""
-        meter, matrices = _Meter(self.needs), [matrix for matrix, _ in self.plan[index]]
+        meter, matrices = Meter(self.needs), [matrix for matrix, _ in self.plan[index]]
         for run in calibrating:
             run.resume(Pass(ProductWatcher(matrices, meter), again=True))
             meter.close()
@@ -252,7 +253,7 @@ class _Sweep:
             matrix = min((run.place.matrix for run in waiting), key=order.__getitem__)
             here = [run for run in waiting if run.place.matrix is matrix]
             inputs = [run.place.inputs for run in here]
-            if (new := [_identity(each) for each in inputs]) != keys:
+            if (new := [identity(each) for each in inputs]) != keys:
                 keys, measured, held = new, InputStatistics(self.needs), inputs
                 for each in held:  # kept until then, so that no other tensor gets their address
                     measured.add(each)
@@ -286,49 +287,6 @@ class _Sweep:
         self.outcome.matrices.append(record.model_copy(update={"zeros": zeros}))
 
 
-class _Meter:
-    """Measures the inputs of matrices; those with the same inputs share what is measured."""
-
-    def __init__(self, needs: Collection[str]) -> None:
-        self.needs = needs
-        self._sums: dict[tuple[Matrix, ...], InputStatistics] = {}
-        self._last: tuple[Any, Tensor, InputStatistics] | None = None
-        self._users: list[Matrix] = []
-
-    def __call__(self, matrix: Matrix, inputs: Tensor) -> None:
-        """Called inside a run, in whatever contexts the model has entered there."""
-        key = _identity(inputs)
-        if self._last is None or self._last[0] != key:
-            with torch_state_set_aside():
-                self.close()
-                measured = InputStatistics(self.needs)
-                measured.add(inputs)
-            self._last = key, inputs, measured  # holding the tensor keeps its address its own
-        self._users.append(matrix)
-
-    def close(self) -> None:
-        """No other matrix has the same inputs as the last ones."""
-        if self._last is not None:
-            whole = self._sums.setdefault(tuple(self._users), InputStatistics(self.needs))
-            whole.merge(self._last[2])
-        self._last, self._users = None, []
-
-    def result(self, matrices: Sequence[Matrix]) -> dict[Matrix, InputStatistics]:
-        """Of each matrix, over all groups that it was in."""
-        found: dict[Matrix, InputStatistics] = {}
-        for users, measured in self._sums.items():
-            for matrix in users:
-                if matrix in found:
-                    together = InputStatistics(self.needs)
-                    together.merge(found[matrix])
-                    together.merge(measured)
-                    found[matrix] = together
-                else:
-                    found[matrix] = measured
-        self._sums.clear()
-        return {m: found.get(m) or InputStatistics(self.needs) for m in matrices}
-
-
 def _together(runs: Sequence[Run]) -> Measured:
     """What was measured of all batches, in their order."""
     measured: list[Measured] = [run.result for run in runs]
@@ -339,9 +297,3 @@ def _together(runs: Sequence[Run]) -> Measured:
         [answer for each in measured for answer in each.answers],
         [answer for each in measured for answer in each.expected],
     )
-
-
-def _identity(inputs: Tensor) -> Any:
-    """Equal for the same contents of the same memory, as long as the tensor is held."""
-    version = object() if inputs.is_inference() else inputs._version  # never equal, if unknown
-    return inputs.data_ptr(), inputs.shape, inputs.stride(), version
