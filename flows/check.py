@@ -37,7 +37,7 @@ from infra.errors import UserError
 from infra.records import ModelRecord, TrialSpec
 from infra.specs import PruneSpec, Spec
 from tasks.allocation import allocation_named, bounds_of, check_rates
-from tasks.trial import check_names, describe_model, measure_profile, time_dense
+from tasks.trial import describe_model, measure_profile, time_dense
 
 
 def check(spec: Spec, *, prune_dir: str = "", as_json: bool = False) -> dict[str, Any]:
@@ -54,7 +54,6 @@ def check(spec: Spec, *, prune_dir: str = "", as_json: bool = False) -> dict[str
     passes, seconds, memory = 0, 0.0, 0
     with connect(spec.cluster) as cluster:
         where = cluster.describe()
-        cluster.call(check_names, sorted({cell.spec.prune.method for cell in cells}))
         for cell in cells:
             if cell.spec.model.source not in found:
                 found[cell.spec.model.source] = _look(cell.spec, cluster, alone=len(cells) == 1)

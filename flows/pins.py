@@ -9,6 +9,7 @@ from infra.errors import UserError
 from infra.sources import fetch, pinned
 from infra.specs import MISSING_SOURCE, Spec
 from tasks.allocation import allocation_named
+from tasks.methods import method_named
 
 
 def refuse(spec: Spec) -> None:
@@ -19,6 +20,7 @@ def refuse(spec: Spec) -> None:
     if prune.sparsity == 0:
         raise UserError("prune.sparsity=0 prunes nothing: give the share of zeros, such as 0.6")
     allocation_named(prune.allocation)
+    method_named(prune.method)
     if prune.pattern[0].isdigit() and prune.allocation != "uniform":
         kept, size = map(int, prune.pattern.split(":"))
         raise UserError(
