@@ -3,7 +3,8 @@
     sparseramp search flows/specs/quickstart.toml prune.sparsity=0.7 run.dir=runs/seventy
 
 A spec says what; the few options here say how it is shown. Nothing heavy is imported before the
-spec is read. Exit codes: 0 done, 2 something the user can put right (one line), 130 stopped.
+spec is read. Exit codes: 0 done; 1 done, but cells of a study failed or are refused; 2 something
+the user can put right (one line); 130 stopped.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         environment.prepare()
         environment.guard()
-        options.command(options)
+        code = options.command(options)
     except UserError as error:
         print(f"sparseramp: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         promise = "; the same command goes on where it left off" if runs else ""
         print(f"sparseramp: stopped{promise}", file=sys.stderr)
         sys.exit(130)
-    sys.exit(0)
+    sys.exit(code or 0)
 
 
 def _stop(*_: object) -> NoReturn:
@@ -203,15 +204,22 @@ def _show_comparison(comparison: dict[str, Any], run: str, as_json: bool) -> Non
     print_comparison(comparison, run)
 
 
-def _check(options: argparse.Namespace) -> None:
-    from infra.spec_files import load_spec
+def _check(options: argparse.Namespace) -> int:
+    from infra.spec_files import is_study, load_spec
 
+    if is_study(options.spec):
+        from flows.check_study import check_study
+        from infra.study_files import load_study
+
+        found = check_study(load_study(options.spec, options.overrides), as_json=options.json)
+        return 1 if found["refused"] else 0
     spec, pruned = (
         load_spec(options.spec, options.overrides, run_suffix=suffix) for suffix in ("", "-prune")
     )
     from flows.check import check
 
     check(spec, prune_dir=pruned.run.dir, as_json=options.json)
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ class Descriptions:
 
     def note(self, spec: Spec, model: ModelRecord) -> None:
         """What an earlier start of a run has found out."""
-        self._models.setdefault(_description(spec), model)
+        self._models.setdefault(description_of(spec), model)
         self._measured.setdefault(_measurement(spec), model.profile)
 
     def of(self, spec: Spec) -> Asking:
@@ -38,7 +38,7 @@ class Descriptions:
 
         Raises UserError where the model has not what is searched.
         """
-        trials, described = kinds_of_trial(spec), _description(spec)
+        trials, described = kinds_of_trial(spec), description_of(spec)
         while described not in self._models:
             yield self._question(described, trials[0], trials)
         model = self._models[described]
@@ -73,7 +73,7 @@ class Descriptions:
         return ModelQuestion(**dict(trial), key=key, sizes=list(sizes))
 
 
-def _description(spec: Spec) -> str:
+def description_of(spec: Spec) -> str:
     """What decides the description of a model: all that its trials read, whatever they prune."""
     search = {"objective", "protocol"}
     fields = {"model": True, "data": True, "calibration": True, "evaluation": True}
