@@ -17,7 +17,8 @@ from typing import Any
 from flows.budget import Budget
 from flows.cells import Cell
 from flows.descriptions import Descriptions
-from flows.dispatch_loop import IN_TURN, Entry, Known, Order, drive
+from flows.dispatch_loop import IN_TURN, Entry, Order, drive
+from flows.known import Known
 from flows.live import View
 from flows.pins import pin, refuse
 from flows.plan import Results, final_wave, next_wave
