@@ -13,6 +13,7 @@ import argparse
 import json
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -124,14 +125,25 @@ def _compare(options: argparse.Namespace) -> None:
     _show_comparison(compare(spec, as_json=options.json), spec.run.dir, options.json)
 
 
-def _study(options: argparse.Namespace) -> None:
+def _study(options: argparse.Namespace) -> int:
     from infra.study_files import load_study
 
     spec = load_study(options.spec, options.overrides)
     from flows.study import study
 
     as_json = options.json or not sys.stdout.isatty()
-    _show_leaderboard(study(spec, as_json=as_json), spec.dir, as_json)
+    board = study(spec, as_json=as_json)
+    _show_leaderboard(board, spec.dir, as_json)
+    from flows.leaderboard import unfit_cells
+
+    unfit = unfit_cells(board)
+    if unfit:
+        states = ", ".join(
+            f"{n} {state}" for state, n in Counter(r["state"] for r in unfit).items()
+        )
+        of = f"{len(unfit)} of {len(board['rows'])} cells have no result"
+        print(f"sparseramp: {of} ({states}): {spec.dir}/leaderboard.html says why", file=sys.stderr)
+    return 1 if unfit else 0
 
 
 def _show_leaderboard(board: dict[str, Any], run: str, as_json: bool) -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.cells import Cell, study_cells
-from flows.comparison import Row, row_of
+from flows.comparison import NOT_BEGUN, STOPPED, Row, row_of
 from flows.figures import RUNG_COLOURS, Figure
 from flows.live import duration
 from flows.report import page
@@ -40,9 +40,18 @@ def write_leaderboard(folder: Path) -> dict[str, Any]:
     """Make the three files from those of the cells, and return what leaderboard.json holds."""
     store = RunStore.read(folder)
     board = Leaderboard(store, study_cells_in(store))
+    return board.write(spent_of(store))
+
+
+def spent_of(store: RunStore) -> str:
+    """Why the budget has ended a study; empty where it has not, or where a later start goes on."""
     ends = [e for e in store.events() if e["event"] in ("stopped", "finished", "resumed")]
-    spent = ends[-1].get("reason", "") if ends and ends[-1].get("cause") == "BudgetSpent" else ""
-    return board.write(spent)
+    return ends[-1].get("reason", "") if ends and ends[-1].get("cause") == "BudgetSpent" else ""
+
+
+def unfit_cells(board: dict[str, Any]) -> list[Row]:
+    """Rows without a result, but for those that a spent budget has left for a later start."""
+    return [row for row in board["rows"] if row["state"] not in ("complete", STOPPED)]
 
 
 def study_cells_in(store: RunStore) -> list[Cell]:
@@ -72,8 +81,8 @@ class Leaderboard:
         """Write the three files; `spent` is why the budget ended the study."""
         rows = list(self.rows.values())
         if spent:
-            stopped = {"state": "stopped", "cause": spent}
-            rows = [row | stopped if row["state"] == "missing" else row for row in rows]
+            stopped = {"state": STOPPED, "cause": spent}
+            rows = [row | stopped if row["state"] == NOT_BEGUN else row for row in rows]
         rows.sort(key=lambda row: (row["model"], row["sparsity"], row["method"]))
         plots = _plots([row for row in rows if row["state"] == "complete"])
         board = {
@@ -117,7 +126,7 @@ def _stamp(cell: Cell) -> int:
 
 def _row(cell: Cell) -> Row:
     row: Row = {"trials": 0, "used_s": 0.0, "peak_memory_bytes": 0, **row_of(cell)}
-    if row["state"] not in ("missing", "damaged"):
+    if row["state"] not in (NOT_BEGUN, "damaged"):
         store = RunStore.read(cell.folder)
         row["trials"] = len(store.numbers())
         if row["state"] != "complete":

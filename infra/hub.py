@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -74,7 +75,6 @@ def listing_of(
     path is nothing that may be loaded."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
-    from huggingface_hub.utils import filter_repo_objects
 
     endpoint = os.environ.get("HF_ENDPOINT")
     inside = f"{path}/" if path else ""
@@ -93,8 +93,7 @@ def listing_of(
         except CachedRepoTreeNotFoundError:  # offline, with what an older library has cached
             names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     allow, ignore = _patterns(path, "model", allow_pickle)
-    loadable = filter_repo_objects(names, allow_patterns=allow, ignore_patterns=ignore)
-    if path and not any(loadable):
+    if path and not any(_fits(name, allow) and not _fits(name, ignore) for name in names):
         raise UserError(f"{repository} holds no {path} of a kind that may be loaded")
     beside = [name.removeprefix(inside) for name in names if name.startswith(inside)]
     top = tuple(name for name in beside if "/" not in name)
@@ -111,6 +110,10 @@ def _patterns(path: str | None, kind: Kind, allow_pickle: bool) -> tuple[list[st
     weights = {"model": ["*.safetensors", *(_PICKLES[:4] if allow_pickle else [])]}
     # Subfolders and `consolidated` files repeat the weights in other formats.
     return _TEXT + weights.get(kind, []), ["*/*", "consolidated*", *pickles]
+
+
+def _fits(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 @contextmanager
