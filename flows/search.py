@@ -28,7 +28,7 @@ from flows.plan import (
     token_passes,
 )
 from flows.report import Report, write_report
-from flows.stop import stoppable
+from flows.stop import cause_of, stoppable
 from infra import tracking
 from infra.cluster import Cluster, LostCheckpointError, connect, damaged
 from infra.documents import data_sha256
@@ -194,7 +194,7 @@ class Run:
 
         Raises UserError where that cannot be written down; who watches is told all the same.
         """
-        fields = {"cause": type(error).__name__, "reason": str(error)}
+        fields = cause_of(error)
         try:
             self.store.event("stopped", **fields)
         finally:

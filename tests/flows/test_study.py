@@ -228,6 +228,7 @@ def test_stop_from_another_terminal(
     assert process.returncode == 130
     assert errors == "sparseramp: stopped; the same command goes on where it left off\n"
     assert not (folder / "stop").exists()
+    assert RunStore.read(folder).events()[-1]["cause"] == "stop"
     assert json.loads(run("status", folder, "--json", cache=cache).stdout)["driver"] is None
 
 
