@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _stop(*_: object) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what runs is being cleaned up
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt("SIGTERM")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -176,6 +176,18 @@ def _stop_run(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from flows.status import at_work, print_status, status
+
+    if where := at_work(Path(options.run)):
+        found = status(Path(options.run))
+        if options.json:
+            print(json.dumps(found))
+            return
+        print(f"{options.run} is at work, so no report is written now: what there is so far")
+        print_status(found)
+        if where.exists():
+            print(f"report so far  {where}")
+        return
     from flows.comparison import write_comparison
     from flows.report import write_report
     from infra.store import RunStore

@@ -34,6 +34,10 @@ COLUMNS = ["cell", "model", "modality", "family", "blocks", "method", "allocatio
 COLUMNS += ["realised", "state", "verdict", "cause", "headline", "dense", "uniform", "best"]
 COLUMNS += ["gain", "gain_stderr", "gain_low", "gain_high", "gain_unit", "beta", "tilt", "trials"]
 COLUMNS += ["used_s", "peak_memory_bytes", "priority", "report"]
+# Columns that a narrow terminal may lack, those that are kept longest first.
+SPARED = ["allocation", "best", "uniform", "dense", "tilt", "beta", "trials", "used"]
+SPARED += ["95 % interval", "metric", "memory"]
+FOLDED = 24  # characters of an outcome, on as many lines as it takes
 
 
 def write_leaderboard(folder: Path) -> dict[str, Any]:
@@ -258,19 +262,36 @@ def _families(rows: Sequence[Row]) -> list[tuple[str, list[Row], str]]:
     ]
 
 
+def _fitting(rows: Sequence[dict[str, str]], width: int) -> list[str]:
+    """The columns that a terminal has room for; the page and the CSV have all of them."""
+
+    def needed(name: str) -> int:
+        longest = max(len(name), *(len(row[name]) for row in rows))
+        return 3 + (min(longest, FOLDED) if name == "outcome" else longest)
+
+    kept = [name for name in rows[0] if name not in SPARED]
+    left = width - 1 - sum(map(needed, kept))
+    for name in SPARED:
+        if needed(name) <= left:
+            kept.append(name)
+            left -= needed(name)
+    return [name for name in rows[0] if name in kept]
+
+
 def print_leaderboard(board: dict[str, Any], folder: str) -> None:
     """The table on a terminal, and where to look next."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200
-    hidden = {"metric", "95 % interval", "memory"} if console.width < 150 else set()
     rows = [_words(row) for row in board["rows"]]
     table = Table(
         title=f"{len(rows)} cells, {duration(board['used_s'])} used", title_justify="left"
     )
-    shown = [name for name in rows[0] if name not in hidden]
+    # In a file, nothing has to fit a screen.
+    shown = _fitting(rows, console.width) if console.is_terminal else list(rows[0])
     for name in shown:
-        table.add_column(name, overflow="fold")
+        whole = console.is_terminal and name != "outcome"
+        table.add_column(name, overflow="fold", no_wrap=whole)
     for words in rows:
         table.add_row(*(words[name] for name in shown))
     console.print(table, markup=False)

@@ -54,6 +54,18 @@ def status(folder: Path) -> Status:
     return found | _run(store)
 
 
+def at_work(folder: Path) -> Path | None:
+    """Of a run that a driver is at work on, or a cell that it is to end, the page that it writes.
+
+    None where nobody would be disturbed by a new report.
+    """
+    if driver_of(folder):
+        pages = {"compare": "compare.html", "study": "leaderboard.html"}
+        return folder / pages.get(RunStore.read(folder).command, "report.html")
+    ended = (folder / "report.json").exists()
+    return None if ended or not driver_of(folder.resolve().parent) else folder / "report.html"
+
+
 def cells_in(store: RunStore) -> list[Cell]:
     """The cells of a comparison or a study; none of a run."""
     if store.command == "compare":
