@@ -149,7 +149,10 @@ class _Loop:
         self.entries = list(entries)  # that have not ended
         self.used_s = self.budget.used_before_s + sum(entry.used_s for entry in entries)
         self.known = known or Known()
+        # By work: who gets its result, the one that is billed first.
         self.claims: dict[str, list[tuple[Entry, TrialSpec]]] = {}
+        self.jobs: dict[str, Job] = {}
+        self.unheld: set[Share] = set()  # shares that no node holds now
         self.waiting: set[Entry] = set()  # for a node that holds their share, as they have said
 
     def drive(self) -> str:
@@ -183,8 +186,10 @@ class _Loop:
         spent = self._spent()
         if now >= self.budget.until + self.budget.grace_s:
             raise BudgetSpent(spent)
-        waited_s = {share: pool.unheld_s(share) for share in {e.share for e in self.entries}}
-        for entry in list(self.entries) if any(waited_s.values()) or self.waiting else ():
+        shares = {e.share for e in self.entries} | {job.share for job in self.jobs.values()}
+        waited_s = {share: pool.unheld_s(share) for share in shares}
+        self.unheld = {share for share in shares if waited_s[share]}
+        for entry in list(self.entries) if self.unheld or self.waiting else ():
             self._wait_for_node(entry, waited_s[entry.share], pool.patience_s)
         for entry in [e for e in self.entries if e.awaited and e.awaited.done()]:
             self._look(entry)  # wherever there is room: it may need none
@@ -230,10 +235,12 @@ class _Loop:
         trial, work = entry.next
         self.claims[work] = [(entry, trial)]
         entry.next, entry.out[work] = None, now
-        if isinstance(trial, ModelQuestion):  # which may have to download the model
-            return Job(trial, entry.share)
-        self.budget.num_begun += 1
-        return Job(trial, entry.share, entry.timeout_s)
+        # A question may have to download the model.
+        is_question = isinstance(trial, ModelQuestion)
+        self.budget.num_begun += not is_question
+        job = Job(trial, entry.share, 0.0 if is_question else entry.timeout_s)
+        self.jobs[work] = job
+        return job
 
     def _wait_for_node(self, entry: Entry, waited_s: float, patience_s: float) -> None:
         """A run that no node holds any more says so, and when none has come in time it ends."""
@@ -261,7 +268,7 @@ class _Loop:
                 if entry.awaited and not entry.awaited.done():
                     return False
                 entry.awaited = None
-                if entry.next is None:
+                if entry.next is None or isinstance(entry.next[0], ModelQuestion):
                     trial = next(entry.coming, _END)
                     if trial is None:
                         return False
@@ -275,7 +282,12 @@ class _Loop:
                     entry.next = trial, work_of(trial)
                 trial, work = entry.next
                 if work in self.claims:
-                    self.claims[work].append((entry, trial))
+                    if self.jobs[work].share in self.unheld and entry.share not in self.unheld:
+                        self._hand_over(work, entry, trial)
+                    elif isinstance(trial, ModelQuestion):  # what is then asked, the answer decides
+                        return False
+                    else:
+                        self.claims[work].append((entry, trial))
                 elif answer := self.known.answer(trial, work):
                     entry.driven.take(answer)
                 else:
@@ -285,9 +297,19 @@ class _Loop:
             self._end(entry, error)
             return False
 
+    def _hand_over(self, work: str, entry: Entry, trial: TrialSpec) -> None:
+        """What waits for a node that is gone is done where another run that needs it has one."""
+        first, _ = self.claims[work][0]
+        del first.out[work]
+        entry.out[work] = self.cluster.now()
+        self.jobs[work].share = entry.share
+        others = [] if isinstance(trial, ModelQuestion) else self.claims[work]
+        self.claims[work] = [(entry, trial), *others]
+
     def _ended(self, result: TrialResult) -> None:
         work = work_of(result.spec)
         claims = self.claims.pop(work)
+        del self.jobs[work]
         first = claims[0][0]
         del first.out[work]
         first.used_s += result.cost.used_s

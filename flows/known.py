@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
-from infra.records import TrialResult, TrialSpec
+from infra.records import ModelQuestion, TrialResult, TrialSpec
 
 
 class Known:
@@ -45,6 +45,8 @@ def unpaid(result: TrialResult) -> TrialResult:
 
 
 def work_of(trial: TrialSpec) -> str:
-    """What a trial does, by whatever number it goes."""
+    """What a trial does, by whatever number it goes; of a question, its key."""
+    if isinstance(trial, ModelQuestion):
+        return hashlib.sha256(trial.key.encode()).hexdigest()
     work = trial.model_copy(update={"number": 0}).model_dump_json()
     return hashlib.sha256(work.encode()).hexdigest()
