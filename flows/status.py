@@ -125,6 +125,8 @@ def _age_s(time: str) -> float:
 def print_status(found: Status) -> None:
     """As few lines as say it; of many cells a line for each that has begun or ended."""
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 200  # in a file, nothing has to fit a screen
     driver = found["driver"]
     who = f"driven by pid {driver['pid']} on {driver['host']}" if driver else "no driver is at work"
     if not driver and found["last_event"] in ("finished", "stopped"):
