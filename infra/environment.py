@@ -27,6 +27,7 @@ QUIET = {
     "GIT_PYTHON_REFRESH": "quiet",  # MLflow warns where there is no git
     "HF_HUB_DISABLE_XET": "1",  # its transfers start again from zero after a kill
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # else Ray prints lost workers on standard output
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # else a thread that asks Ray as it ends starts another Ray
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` makes every worker install anew
     "TOKENIZERS_PARALLELISM": "false",  # warns, and may deadlock, in a forked process
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",

@@ -51,6 +51,23 @@ def test_libraries_see_that_telemetry_is_off() -> None:
     assert done.stdout.split() == ["False", "True", "True"], done.stderr
 
 
+def test_a_call_without_ray_does_not_start_it() -> None:
+    """As of a thread that still copies a checkpoint when its driver ends."""
+    code = (
+        "from infra.environment import prepare; prepare()\n"
+        "import ray\n"
+        "try:\n"
+        "    ray.remote(lambda: 1).remote()\n"
+        "except ray.exceptions.RaySystemError:\n"
+        "    print(ray.is_initialized())\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ENABLE_AUTO_CONNECT"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=CHECKOUT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_this_checkout_passes() -> None:
     guard()
 
