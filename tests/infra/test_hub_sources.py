@@ -3,6 +3,7 @@
 python -m pytest tests/infra/test_hub_sources.py
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from huggingface_hub import constants
 
 from infra.errors import UserError
 from infra.hub import from_hub, listing_of
-from infra.sources import fetch, pinned
+from infra.sources import fetch, listed, pinned
 from tests.infra.served import COMMIT, Server, names, serving
 
 
@@ -109,3 +110,11 @@ def test_what_the_hub_refuses_is_said_on_one_line(hub: Server) -> None:
     hub.server_close()
     with pytest.raises(UserError, match=r"org/other: .* the hub cannot be reached"):
         fetch("org/other")
+
+
+def test_a_name_that_is_too_long_is_one_line(hub: Server, tmp_path: Path) -> None:
+    """Whoever looks first whether it is a local file."""
+    source = f"{tmp_path.name}/{'b' * 300}"
+    for look in (fetch, pinned, listed):
+        with contextlib.chdir(tmp_path.parent), pytest.raises(UserError, match="name too long"):
+            look(source)
