@@ -59,8 +59,11 @@ def _pin_model(model: ModelSpec) -> str:
     options = {"allow_pickle": model.allow_pickle, "trust_remote_code": model.trust_remote_code}
     if found := listed(model.source, allow_pickle=model.allow_pickle):
         source, listing = found
-        if listing.names and "packed.json" not in listing.names:
-            refuse_unfit(listing.folder, listing.names, **options)
+        names = listing.names
+        ggufs = [name for name in names if name.endswith(".gguf")]
+        is_gguf = source.endswith(".gguf") or ("config.json" not in names and len(ggufs) == 1)
+        if not is_gguf and "packed.json" not in names:
+            refuse_unfit(listing.folder, names, **options)
         return source
     inspect_checkpoint(fetch(model.source, allow_pickle=model.allow_pickle), **options)
     return pinned(model.source, allow_pickle=model.allow_pickle)

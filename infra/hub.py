@@ -32,8 +32,8 @@ _TABLES += ["*.jsonl.gz", "*.json.gz", "*.csv.gz", "*.png", "*.jpg", "*.jpeg"]
 
 @dataclass(frozen=True)
 class Listing:
-    """A model's small files, in `folder`, and the names of all of its files, pickles included;
-    of a path that is one file there are none."""
+    """A model's small files, in `folder`, and the names of all that a worker would load, pickles
+    included; of a path that is one file there are none."""
 
     commit: str
     folder: Path
@@ -95,6 +95,8 @@ def listing_of(
     allow, ignore = _patterns(path, "model", allow_pickle)
     if path and not any(_fits(name, allow) and not _fits(name, ignore) for name in names):
         raise UserError(f"{repository} holds no {path} of a kind that may be loaded")
+    allow, ignore = _patterns(path, "model", allow_pickle=True)
+    names = [name for name in names if _fits(name, allow) and not _fits(name, ignore)]
     beside = [name.removeprefix(inside) for name in names if name.startswith(inside)]
     top = tuple(name for name in beside if "/" not in name)
     return Listing(folder.name, folder / (path or "."), top)

@@ -53,6 +53,18 @@ def test_one_file_of_the_hub_is_looked_up_only(hub: Server, tmp_path: Path) -> N
         pin(spec_of("org/tiny:in", tmp_path))
 
 
+def test_what_a_worker_would_not_load_is_no_weight(hub: Server, tmp_path: Path) -> None:
+    """A folder may be that of one GGUF file; other formats and folders below do not count."""
+    put_repository(hub, "models", "org/tiny", {"q4/a.gguf": b"GGUF", "sub/in/config.json": CONFIG})
+    assert pin(spec_of("org/tiny:q4", tmp_path)).model.source == f"org/tiny@{COMMIT}:q4"
+    for source in ("org/tiny", "org/tiny:sub", "org/tiny:sub/in/config.json"):
+        with pytest.raises(UserError, match=r"has no config\.json"):
+            pin(spec_of(source, tmp_path))
+    put_repository(hub, "models", "org/twice", SMALL | {"consolidated.safetensors": b"again"})
+    with pytest.raises(UserError, match="has no weights: expected"):
+        pin(spec_of("org/twice", tmp_path))
+
+
 def test_what_must_not_be_loaded_is_refused_without_its_weights(
     hub: Server, tmp_path: Path
 ) -> None:
