@@ -87,7 +87,10 @@ def refuse_unfit(
         )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(_json(index)["weight_map"].values()))
+        weight_map = _json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index} is damaged (no 'weight_map'): fetch it again")
+        shards = sorted(set(weight_map.values()))
     else:
         shards = sorted(fnmatch.filter(names, "*.safetensors"))
     if shards:

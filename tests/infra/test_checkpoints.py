@@ -113,6 +113,8 @@ def test_an_index_names_what_must_be_there(folder: Path) -> None:
     assert refused(folder) == f"weights are missing: {folder / names[1]}"
     write_safetensors(folder / names[1])
     assert inspect_checkpoint(folder) == CheckpointLayout(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "index.json is damaged (no 'weight_map'): fetch it again" in refused(folder)
 
 
 def test_pickles_need_consent(folder: Path) -> None:
