@@ -35,6 +35,7 @@ Row = dict[str, Any]
 WHAT = ["model", "sparsity", "method", "allocation", "rates"]
 REST = ["loss / dense", "gain", "95 % interval", "search cost", "outcome"]
 NOT_BEGUN = "not begun"  # of a cell that has no files
+UNFINISHED = "unfinished"  # begun, and its driver was stopped or killed
 STOPPED = "stopped"  # by the budget, and by nothing else
 EARLIER = " (earlier)"  # marks a cell that the present lists do not ask for
 WIDE = {"bits per byte", "loss / dense", "95 % interval", "search cost"}
@@ -218,7 +219,7 @@ def _unfinished(store: RunStore) -> Row:
     if last["event"] == "stopped" and last["cause"] == "BudgetSpent":
         return {"state": STOPPED, "cause": last["reason"]}
     if last["event"] != "stopped" or last["cause"] != "UserError":
-        return {"state": "unfinished", "cause": "the same command goes on"}
+        return {"state": UNFINISHED, "cause": "the same command goes on"}
     if finals:
         return {"state": "failed", "cause": f"{finals[-1].spec.prune.label}: {finals[-1].cause}"}
     refused = not store.numbers()

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.cells import Cell, study_cells
-from flows.comparison import NOT_BEGUN, STOPPED, Row, row_of
+from flows.comparison import NOT_BEGUN, STOPPED, UNFINISHED, Row, row_of
 from flows.figures import RUNG_COLOURS, Figure
 from flows.live import duration
 from flows.report import page
@@ -86,7 +86,8 @@ class Leaderboard:
         rows = list(self.rows.values())
         if spent:
             stopped = {"state": STOPPED, "cause": spent}
-            rows = [row | stopped if row["state"] == NOT_BEGUN else row for row in rows]
+            left = (NOT_BEGUN, UNFINISHED)  # the latter since an earlier start
+            rows = [row | stopped if row["state"] in left else row for row in rows]
         rows.sort(key=lambda row: (row["model"], row["sparsity"], row["method"]))
         plots = _plots([row for row in rows if row["state"] == "complete"])
         board = {

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.cells import Cell, cells_of
-from flows.comparison import NOT_BEGUN, STOPPED, row_of
+from flows.comparison import NOT_BEGUN, STOPPED, UNFINISHED, row_of
 from flows.leaderboard import STUDY, spent_of, study_cells_in
 from flows.live import duration
 from flows.plan import best_so_far, planned_trials
@@ -101,7 +101,7 @@ def _run(store: RunStore) -> Status:
 
 def _cell(cell: Cell, spent: str) -> Status:
     row = row_of(cell)
-    if spent and row["state"] == NOT_BEGUN:
+    if spent and row["state"] in (NOT_BEGUN, UNFINISHED) and not driver_of(cell.folder):
         row |= {"state": STOPPED, "cause": spent}
     known = {"cell": cell.name, "state": row["state"], "cause": row["cause"], "age_s": None}
     none = {"complete": 0, "failed": 0, "planned": planned_trials(cell.spec, None, {})}
@@ -110,7 +110,7 @@ def _cell(cell: Cell, spent: str) -> Status:
         return known
     store = RunStore.read(cell.folder)
     events = store.events()
-    if row["state"] == "unfinished" and driver_of(cell.folder):
+    if row["state"] == UNFINISHED and driver_of(cell.folder):
         known |= {"state": "going", "cause": events[-1]["event"] if events else ""}
     try:
         return known | _run(store) | {"age_s": _age_s(events[-1]["time"]) if events else None}

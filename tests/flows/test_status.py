@@ -11,7 +11,7 @@ import pytest
 from flows import study as flow
 from flows.cells import study_cells
 from flows.cli import _parser
-from flows.leaderboard import STUDY, write_leaderboard
+from flows.leaderboard import STUDY, unfit_cells, write_leaderboard
 from flows.status import print_status, status
 from infra.specs import RunSpec
 from infra.store import RunStore
@@ -57,6 +57,19 @@ def test_a_cell_that_never_began_is_told_from_one_that_the_budget_stopped(
     assert states_of(folder) == [*first, ("stopped", SPENT)]
     print_status(status(folder))
     assert "cells   1 refused, 2 stopped by the budget\n" in capsys.readouterr().out
+
+
+def test_what_a_spent_budget_left_as_an_earlier_start_had_it_is_no_failure(folder: Path) -> None:
+    """That start was told to end, or killed; this one has not come to the cell."""
+    last = study_cells(load_study(folder.parent / "s.toml"))[-1]
+    with RunStore.open(last.spec) as store:
+        store.event("stopped", cause="SIGTERM", reason="")
+    assert states_of(folder)[-1] == ("unfinished", "the same command goes on")
+    with RunStore.open(RunStore.read(folder).spec, "study") as store:
+        store.event("stopped", cause="BudgetSpent", reason=SPENT)
+    assert states_of(folder)[-1] == ("stopped", SPENT)
+    board = write_leaderboard(folder)
+    assert [row["state"] for row in unfit_cells(board)] == ["refused"]
 
 
 def test_a_study_with_refused_cells_ends_with_1_and_a_line(
