@@ -263,8 +263,9 @@ def _families(rows: Sequence[Row]) -> list[tuple[str, list[Row], str]]:
     ]
 
 
-def _fitting(rows: Sequence[dict[str, str]], width: int) -> list[str]:
-    """The columns that a terminal has room for; the page and the CSV have all of them."""
+def _fitting(rows: Sequence[dict[str, str]], width: int) -> tuple[list[str], bool]:
+    """The columns that a terminal has room for, and whether all but the outcome are shown in one
+    piece; the page and the CSV have all of them."""
 
     def needed(name: str) -> int:
         longest = max(len(name), *(len(row[name]) for row in rows))
@@ -276,7 +277,8 @@ def _fitting(rows: Sequence[dict[str, str]], width: int) -> list[str]:
         if needed(name) <= left:
             kept.append(name)
             left -= needed(name)
-    return [name for name in rows[0] if name in kept]
+    squeezed = left + needed("outcome") - 3  # characters that the others leave it
+    return [name for name in rows[0] if name in kept], squeezed >= len("outcome")
 
 
 def print_leaderboard(board: dict[str, Any], folder: str) -> None:
@@ -289,10 +291,11 @@ def print_leaderboard(board: dict[str, Any], folder: str) -> None:
         title=f"{len(rows)} cells, {duration(board['used_s'])} used", title_justify="left"
     )
     # In a file, nothing has to fit a screen.
-    shown = _fitting(rows, console.width) if console.is_terminal else list(rows[0])
+    shown, whole = list(rows[0]), False
+    if console.is_terminal:
+        shown, whole = _fitting(rows, console.width)
     for name in shown:
-        whole = console.is_terminal and name != "outcome"
-        table.add_column(name, overflow="fold", no_wrap=whole)
+        table.add_column(name, overflow="fold", no_wrap=whole and name != "outcome")
     for words in rows:
         table.add_row(*(words[name] for name in shown))
     console.print(table, markup=False)

@@ -62,6 +62,21 @@ def test_the_leaderboard_fits_its_terminal(
     assert "memory" in capsys.readouterr().out  # in a file, all are there
 
 
+@pytest.mark.parametrize("width", [50, 80])
+def test_where_nothing_fits_all_is_folded_and_nothing_cut(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    row = ROW | {"model": "llama-3.1-70b-instruct-with-a-long-name"}
+    print_leaderboard({"rows": [row], "used_s": 1.0, "spent": ""}, "runs/night")
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    columns = zip(*(line.split("│")[1:-1] for line in lines if line.startswith("│")), strict=True)
+    shown = {"".join("".join(column).split()) for column in columns}
+    words = (row["model"], "60%", row["method"], "12.345perplexity", row["cause"])
+    assert shown == {word.replace(" ", "") for word in words}
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_study_says_what_it_does_before_a_cell_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], as_json: bool
