@@ -144,8 +144,7 @@ class _Loop:
         budget: Budget,
         keep_going: bool,
     ) -> None:
-        self.cluster, self.order, self.budget = cluster, order, budget
-        self.keep_going = keep_going
+        self.cluster, self.order, self.budget, self.keep_going = cluster, order, budget, keep_going
         self.entries = list(entries)  # that have not ended
         self.used_s = self.budget.used_before_s + sum(entry.used_s for entry in entries)
         self.known = known or Known()
@@ -191,6 +190,8 @@ class _Loop:
         self.unheld = {share for share in shares if waited_s[share]}
         for entry in list(self.entries) if self.unheld or self.waiting else ():
             self._wait_for_node(entry, waited_s[entry.share], pool.patience_s)
+        for work in self.jobs if self.unheld else ():
+            self._hand_over(work)
         for entry in [e for e in self.entries if e.awaited and e.awaited.done()]:
             self._look(entry)  # wherever there is room: it may need none
         fits: dict[Share, bool] = {}
@@ -235,8 +236,7 @@ class _Loop:
         trial, work = entry.next
         self.claims[work] = [(entry, trial)]
         entry.next, entry.out[work] = None, now
-        # A question may have to download the model.
-        is_question = isinstance(trial, ModelQuestion)
+        is_question = isinstance(trial, ModelQuestion)  # which may have to download the model
         self.budget.num_begun += not is_question
         job = Job(trial, entry.share, 0.0 if is_question else entry.timeout_s)
         self.jobs[work] = job
@@ -282,12 +282,11 @@ class _Loop:
                     entry.next = trial, work_of(trial)
                 trial, work = entry.next
                 if work in self.claims:
-                    if self.jobs[work].share in self.unheld and entry.share not in self.unheld:
-                        self._hand_over(work, entry, trial)
-                    elif isinstance(trial, ModelQuestion):  # what is then asked, the answer decides
-                        return False
-                    else:
-                        self.claims[work].append((entry, trial))
+                    waits = self.jobs[work].share in self.unheld and entry.share not in self.unheld
+                    if isinstance(trial, ModelQuestion) and not waits:
+                        return False  # what is then asked, the answer decides
+                    self.claims[work].append((entry, trial))
+                    self._hand_over(work)
                 elif answer := self.known.answer(trial, work):
                     entry.driven.take(answer)
                 else:
@@ -297,14 +296,16 @@ class _Loop:
             self._end(entry, error)
             return False
 
-    def _hand_over(self, work: str, entry: Entry, trial: TrialSpec) -> None:
+    def _hand_over(self, work: str) -> None:
         """What waits for a node that is gone is done where another run that needs it has one."""
-        first, _ = self.claims[work][0]
-        del first.out[work]
-        entry.out[work] = self.cluster.now()
-        self.jobs[work].share = entry.share
-        others = [] if isinstance(trial, ModelQuestion) else self.claims[work]
-        self.claims[work] = [(entry, trial), *others]
+        claims, job = self.claims[work], self.jobs[work]
+        heirs = [c for c in claims if c[0].driven and c[0].share not in self.unheld]
+        if job.share in self.unheld and heirs:
+            del claims[0][0].out[work]
+            heirs[0][0].out[work] = self.cluster.now()
+            job.share = heirs[0][0].share
+            others = [] if isinstance(job.spec, ModelQuestion) else claims
+            self.claims[work] = heirs[:1] + [c for c in others if c is not heirs[0]]
 
     def _ended(self, result: TrialResult) -> None:
         work = work_of(result.spec)

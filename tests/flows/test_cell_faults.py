@@ -4,6 +4,7 @@ python -m pytest tests/flows/test_cell_faults.py
 """
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,14 @@ from flows.cells import Cell, study_cells
 from flows.dispatch_loop import drive
 from infra.cluster import Node, Share
 from infra.errors import UserError
+from infra.records import TrialSpec
 from infra.specs import ClusterSpec
 from infra.store import RunStore
 from infra.study_files import load_study
 from tests.faults import processes
 from tests.flows.commands import write_project
 from tests.flows.test_dispatch_loop import Many, entry
+from tests.infra.trials import trial
 from tests.infra.virtual import VirtualCluster, node
 
 STUDY = """
@@ -96,3 +99,33 @@ def test_a_search_whose_only_node_is_lost_ends_with_one_line() -> None:
     with pytest.raises(UserError, match="no node has held a trial of 1 CPUs and 1 GPUs for 15 min"):
         drive(cluster, [entry(Many("a", 40))])
     assert cluster.now() < 90 + 900 + 10
+
+
+class Late(Many):
+    """A run that asks for what another has begun after a trial of its own."""
+
+    def trials(self) -> Iterator[TrialSpec | None]:
+        self.out += 1
+        yield trial(9, "a").model_copy(update={"windows": 99})
+        while self.out:
+            yield None
+        yield from super().trials()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("grows", [None, lambda share: None])
+@pytest.mark.parametrize("kind", [Many, Late])
+def test_what_waits_for_a_dead_node_is_done_where_another_cell_has_one(
+    kind: type[Many], grows: Any
+) -> None:
+    """Whether that cell wanted it before the node died or asks for it afterwards, and whether or
+    not an autoscaler might bring a node some day."""
+    x, y = (Share(cpus=1, gpus=1, labels=(("kind", name),)) for name in "xy")
+    nodes = [node(name, cpus=1, gpus=1, kind=name) for name in "xy"]
+    cluster = VirtualCluster(nodes, changes=[(30.0, "x")], grows=grows)
+    first, second = Many("a", 1), kind("a", 1)
+    drive(cluster, [entry(first, x), entry(second, y)], keep_going=True)
+    assert (first.end, second.end) == ("finished", "finished")
+    assert [where for _, where, spec in cluster.machines.log if spec.windows == 2] == ["x", "y"]
+    assert cluster.now() < 200
+    assert first.taken == [0] and second.taken[-1:] == [0]
