@@ -121,7 +121,7 @@ class PruneSpec(Frozen):
     pattern: str = Field(
         "unstructured",
         description="unstructured; N:M, such as 2:4, keeps N of every M along the input; N:8 has "
-        "one N per block, by its rate",
+        "one N per block, by its rate; structured: whole channels and heads",
     )
     allocation: str = Field("arithmetic", description="a name, or a file of rates: rates.json")
     beta: float = Field(0.0, description="common difference for `prune`; `search` finds it")
@@ -153,9 +153,11 @@ class PruneSpec(Frozen):
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, value: str) -> str:
-        found = re.fullmatch(r"unstructured|(N|[0-9]+):([0-9]+)", value)
+        found = re.fullmatch(r"unstructured|structured|(N|[0-9]+):([0-9]+)", value)
         if not found or (found[1] and not 0 < int(found[1].replace("N", "1")) < int(found[2])):
-            raise ValueError("write unstructured, N:M such as 2:4, or N:8 for one N per block")
+            raise ValueError(
+                "write unstructured, structured, N:M such as 2:4, or N:8 for one N per block"
+            )
         return value
 
 

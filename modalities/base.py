@@ -25,6 +25,7 @@ from infra.errors import UserError
 from infra.records import MatrixRecord, ModelRecord, Split
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
 from modalities.blocks import Block
+from modalities.units import Units, find_units
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Modality(ABC):
         self, model: nn.Module, blocks: list[Block], weights: Weights, device: torch.device
     ) -> None:
         self.model, self.blocks, self.weights, self.device = model, blocks, weights, device
+        self._units: list[list[Units]] = []
         inside = {id(p) for block in blocks for p in block.module.parameters()}
         self._outside = [n for n, p in model.named_parameters() if id(p) not in inside]
         for parameter in map(model.get_parameter, self._outside):
@@ -124,6 +126,20 @@ class Modality(ABC):
     @abstractmethod
     def run(self, batch: Batch) -> Any:
         """One forward without cache, for calibration; its output does not matter."""
+
+    def probe(self) -> Any:
+        """One forward of something small, to see how the model is built."""
+        raise UserError(f"prune.pattern=structured is not for {type(self.model).__name__}")
+
+    def units(self) -> list[list[Units]]:
+        """The channels and heads of every block that can go as a whole.
+
+        Raises UserError for a model that does not work without some of them.
+        """
+        if not self._units:
+            with torch.no_grad(), self.streaming():
+                self._units = find_units(self.blocks, self.probe)
+        return self._units
 
     @abstractmethod
     def losses(self, batch: Batch) -> list[float]:

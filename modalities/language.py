@@ -72,9 +72,7 @@ class LanguageModality(LoadedModality):
         weights = MappedWeights(folder / WEIGHTS)
         model = mapped(AutoModelForCausalLM, folder, spec, weights)
         tokenizer = _tokenizer(folder)
-        tokens = min(_PROBE_TOKENS, _context(model))
-        ids = torch.arange(tokens).remainder(_vocabulary(model))[None]
-        blocks = find_blocks(model, lambda: model(input_ids=ids, use_cache=False))
+        blocks = find_blocks(model, lambda: model(input_ids=_some_ids(model), use_cache=False))
         return cls(model, blocks, weights, device, tokenizer, licence_of(folder))
 
     def calibration_batches(
@@ -126,6 +124,10 @@ class LanguageModality(LoadedModality):
     def run(self, batch: Batch) -> Any:
         """One forward of the whole model."""
         return self.model(input_ids=batch.ids, use_cache=False)
+
+    def probe(self) -> Any:
+        """The first tokens of the vocabulary."""
+        return self.model(input_ids=_some_ids(self.model).to(self.device), use_cache=False)
 
     def losses(self, batch: Batch) -> list[float]:
         """Mean negative log-likelihood of each window's tokens after its first, in nats."""
@@ -252,6 +254,11 @@ def _tokenizer(folder: Path) -> Any:
     )
     tokenizer.model_max_length = 1 << 30  # windows are cut from longer texts
     return tokenizer
+
+
+def _some_ids(model: Any) -> Tensor:
+    tokens = min(_PROBE_TOKENS, _context(model))
+    return torch.arange(tokens).remainder(_vocabulary(model))[None]
 
 
 def _context(model: Any) -> int:

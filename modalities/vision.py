@@ -89,8 +89,7 @@ class VisionModality(LoadedModality):
         model = _created(folder, pretrained=False).eval().requires_grad_(False)
         weights.attach(model, "", torch.device("cpu"))
         model.to(next(model.parameters()).dtype)  # tables that are no weights
-        size = _data().resolve_model_data_config(model)["input_size"]
-        probe = torch.zeros(1, *size, dtype=next(model.parameters()).dtype)
+        probe = _some_image(model)
         blocks = find_blocks(model, lambda: model(probe))
         state = _hidden_elements(model, blocks[0], probe)
         return cls(model, blocks, weights, device, folder, state // _width(blocks))
@@ -165,6 +164,10 @@ class VisionModality(LoadedModality):
         """One forward of the whole model: images x classes."""
         logits: Tensor = self.model(batch.ids.to(self.device))
         return logits
+
+    def probe(self) -> Any:
+        """An image of noise."""
+        return self.model(_some_image(self.model).to(self.device))
 
     def losses(self, batch: Batch) -> list[float]:
         """Cross-entropy of each image, in nats."""
@@ -287,6 +290,12 @@ def _created(folder: Path, *, pretrained: bool) -> Any:
 def _licence(folder: Path) -> str:
     config = json.loads((folder / _CONFIG).read_text())
     return str(config.get("pretrained_cfg", config).get("license") or "")
+
+
+def _some_image(model: Any) -> Tensor:
+    size = _data().resolve_model_data_config(model)["input_size"]
+    noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    return noise.to(next(model.parameters()).dtype)
 
 
 def _width(blocks: Sequence[Block]) -> int:

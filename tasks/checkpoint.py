@@ -3,12 +3,14 @@
     folder, sha256 = save_checkpoint(modality, spec, rates, outcome, evaluation)
 
 A checkpoint is an ordinary one with zeros in it, plus `sparsity.json`: which matrix was pruned at
-which rate, how, on what, and the SHA-256 of every file.
+which rate, how, on what, and the SHA-256 of every file. One that lost whole channels and heads is
+smaller, with a `structure.json`; tasks/structure.py loads it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 import uuid
@@ -21,6 +23,8 @@ from safetensors import SafetensorError
 from infra.errors import UserError
 from infra.records import TrialSpec
 from infra.sources import cache_dir, sha256_of
+from infra.structure import condense
+from tasks.structure import load_smaller, shrink_model, structure_of
 
 if TYPE_CHECKING:
     from modalities.base import Batch, LoadedModality
@@ -48,6 +52,8 @@ def save_checkpoint(
         folder.mkdir(parents=True)
         modality.save(folder)
         _verify(modality, folder, outcome, evaluation[0])
+        if outcome.removed:
+            _make_smaller(modality, folder, outcome, evaluation[0])
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone
         hashes = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
@@ -80,6 +86,26 @@ def save_checkpoint(
             raise UserError(f"cannot write a checkpoint to {folder.parent}: {reason}") from error
         raise
     return str(folder), hashes | {SPARSITY_FILE: sha256_of(folder / SPARSITY_FILE)}
+
+
+def _make_smaller(modality: LoadedModality, folder: Path, outcome: Outcome, batch: Batch) -> None:
+    """Leave out what was removed; the smaller model is the masked one up to rounding."""
+    import torch
+
+    structure = structure_of(modality, outcome.removed)
+    masked = modality.reopen(folder)
+    shrink_model(masked.model, structure)
+    with torch.no_grad(), masked.streaming():
+        losses = masked.losses(batch)
+    exact = next(masked.model.parameters()).dtype == torch.float32
+    for smaller, pruned in zip(losses, outcome.losses, strict=False):
+        if not math.isclose(smaller, pruned, rel_tol=1e-3 if exact else 5e-2, abs_tol=1e-4):
+            raise RuntimeError(f"the smaller model gives {smaller}, the masked one {pruned}")
+    condense(folder, structure)
+    saved = load_smaller(folder)
+    for name, parameter in masked.model.named_parameters():
+        if not torch.equal(parameter.cpu(), saved.get_parameter(name)):
+            raise RuntimeError(f"{name} was saved with other values")
 
 
 def _remove_forgotten(outbox: Path) -> None:

@@ -27,14 +27,16 @@ from infra.errors import UserError
 from infra.records import BlockError, MatrixRecord
 from modalities.base import Batch, Measured, Modality
 from modalities.products import Matrix, ProductWatcher
+from modalities.units import Units
 from tasks.allocation import MOST, zeros_per_matrix
 from tasks.errors import ErrorCurve
 from tasks.gradients import matrix_gradients
 from tasks.lockstep import Lockstep, Pass, Run, pause
 from tasks.meter import Meter, identity
-from tasks.pruning import method_named, prune_in_place
+from tasks.pruning import METHODS, method_named, prune_in_place, remove_in_place
 from tasks.pruning.inputs import InputStatistics
-from tasks.pruning.patterns import UNSTRUCTURED, budgets, settled
+from tasks.pruning.patterns import STRUCTURED, UNSTRUCTURED, budgets, settled
+from tasks.structure import UnitBudget, unit_budgets
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Outcome:
     fallbacks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     errors: list[BlockError] = field(default_factory=list)
+    removed: list[tuple[Units, Tensor]] = field(default_factory=list)  # of each, the mask that went
     token_passes: int = 0
 
     @property
@@ -82,7 +85,8 @@ def sweep(
 ) -> Outcome:
     """Prune the matrices at one rate each, as modality.matrices() orders them, and evaluate.
 
-    `pattern` is unstructured, N:M for N of every M kept, or N:8 for one N per block by its rate.
+    `pattern` is unstructured, N:M for N of every M kept, N:8 for one N per block by its rate, or
+    structured for whole channels and heads.
     `dense` lets a dense copy of the evaluation ride along, for its losses and the error of every
     block. `keep` leaves the pruned weights in the model; otherwise each block is dense again as
     soon as all batches have passed it. Raises RuntimeError where the result is not what was asked
@@ -126,12 +130,32 @@ class _Sweep:
         flat = [matrix for block in modality.blocks for matrix in block.matrices]
         chosen = budgets(pattern, asked, [matrix.weight().shape for matrix in flat])
         self.budgets = dict(zip(flat, chosen, strict=True))
-        records = iter(map(settled, asked, chosen))
-        self.plan = [[(m, next(records)) for m in block.matrices] for block in modality.blocks]
+        self.records = dict(zip(flat, map(settled, asked, chosen), strict=True))
         self.pruning = any(zeros)
-        self.needs = method_named(method).needs
+        self.needs = frozenset(method_named(method).needs)
         self.gradients: dict[Matrix, Tensor] = {}
+        self.removals: dict[Matrix, UnitBudget] = {}
+        if pattern == STRUCTURED and self.pruning:
+            self._plan_removals(rates)
+        planned = self.removals or self.records
+        self.plan = [[m for m in block.matrices if m in planned] for block in modality.blocks]
         self._touched: set[int] = set()
+
+    def _plan_removals(self, rates: Sequence[float]) -> None:
+        if method_named(self.method).units is None:
+            able = ", ".join(name for name, method in METHODS.items() if method.units)
+            raise UserError(
+                f"prune.method={self.method} removes no whole channels: prune.pattern=structured "
+                f"is for {able}"
+            )
+        self.needs |= {"gram"}  # what stays makes up for what goes
+        budgets = [each for block in unit_budgets(self.modality, rates) for each in block]
+        self.removals = {each.units.consumer: each for each in budgets}
+        used = {m for each in budgets for m in each.units.matrices}
+        for matrix, record in self.records.items():
+            if matrix not in used:  # it stays whole
+                whole = record.model_copy(update={"rate": 0.0, "zeros": 0})
+                self.outcome.matrices.append(whole)
 
     def run(
         self, calibration: Sequence[Batch], evaluation: Sequence[Batch], dense: bool
@@ -163,7 +187,7 @@ class _Sweep:
             self._check(len(modality.matrices()))
             self._touched.clear()  # what is kept stays as it is
         passes = 2 if self.pause_at == "block" else 1
-        passes += 3 if "gradient" in self.needs else 0  # a backward takes about two forwards
+        passes += 4 if "gradient" in self.needs else 0  # two forwards; a backward is about two more
         outcome.token_passes = sum(b.tokens for b in calibration) * passes
         passes = (3 if self.pruning else 2) if dense else 1
         outcome.token_passes += sum(b.tokens for b in evaluation) * passes
@@ -223,20 +247,20 @@ class _Sweep:
 
     def _prune_block(self, index: int, calibrating: list[Run], close: bool) -> None:
         """Two passes: all inputs of the dense block first, then its pruned outputs."""
-        meter, matrices = Meter(self.needs), [matrix for matrix, _ in self.plan[index]]
+        meter, matrices = Meter(self.needs), self.plan[index]
         for run in calibrating:
             run.resume(Pass(ProductWatcher(matrices, meter), again=True))
             meter.close()
         measured = meter.result(matrices)
-        for matrix, record in self.plan[index]:
-            self._prune(matrix, record, measured.pop(matrix))  # freed with its last user
+        for matrix in matrices:
+            self._prune(matrix, measured.pop(matrix))  # freed with its last user
         for run in calibrating:
             run.close() if close else run.resume(Pass())
 
     def _prune_products(self, index: int, calibrating: list[Run], close: bool) -> None:
         """One pass: every matrix is pruned the moment all its inputs are there."""
         measured, keys = InputStatistics(self.needs), list[Any]()
-        order = {matrix: place for place, (matrix, _) in enumerate(self.plan[index])}
+        order = {matrix: place for place, matrix in enumerate(self.plan[index])}
         done: set[Matrix] = set()
 
         def watch(matrix: Matrix, inputs: Tensor) -> None:
@@ -257,34 +281,56 @@ class _Sweep:
                 keys, measured, held = new, InputStatistics(self.needs), inputs
                 for each in held:  # kept until then, so that no other tensor gets their address
                     measured.add(each)
-            self._prune(matrix, self.plan[index][order[matrix]][1], measured)
+            self._prune(matrix, measured)
             done.add(matrix)
             for run in here:
                 run.resume(None)
-        for matrix, record in self.plan[index]:
+        for matrix in self.plan[index]:
             if matrix not in done:
-                self._prune(matrix, record, InputStatistics(self.needs))
+                self._prune(matrix, InputStatistics(self.needs))
         if close:
             for run in calibrating:
                 run.close()
 
-    def _prune(self, matrix: Matrix, record: MatrixRecord, inputs: InputStatistics) -> None:
-        weight, name = matrix.weight(), f"{self.modality.blocks[record.block].name}.{matrix.name}"
+    def _prune(self, matrix: Matrix, inputs: InputStatistics) -> None:
+        weight, record = matrix.weight(), self.records[matrix]
+        name = f"{self.modality.blocks[record.block].name}.{matrix.name}"
         if not torch.isfinite(weight.sum(dtype=torch.float32)):
             raise RuntimeError(f"{name} holds NaN or infinity")
         if matrix in self.gradients:
             inputs.gradient = self.gradients.pop(matrix).to(weight.device)
         if not inputs.are_finite:
             raise RuntimeError(f"the inputs of {name} hold NaN or infinity, or its gradients do")
-        budget = self.budgets[matrix]
-        if not prune_in_place(weight, inputs, method=self.method, budget=budget):
+        if matrix in self.removals:
+            self._remove(self.removals[matrix], inputs)
+        else:
+            budget = self.budgets[matrix]
+            prune_in_place(weight, inputs, method=self.method, budget=budget)
+            zeros = int(weight.numel() - weight.count_nonzero())
+            if zeros < budget.zeros:
+                raise RuntimeError(f"{name}: {zeros} zeros instead of {budget.zeros}")
+            self.outcome.matrices.append(record.model_copy(update={"zeros": zeros}))
+        if not inputs.measured:
             self.outcome.fallbacks.append(name)
         elif inputs.note:
             self.outcome.notes.append(f"{name}: {inputs.note}")
-        zeros = int(weight.numel() - weight.count_nonzero())
-        if zeros < budget.zeros:
-            raise RuntimeError(f"{name}: {zeros} zeros instead of {budget.zeros}")
-        self.outcome.matrices.append(record.model_copy(update={"zeros": zeros}))
+
+    def _remove(self, budget: UnitBudget, inputs: InputStatistics) -> None:
+        """Whole units: the columns that use them, and the rows that make them."""
+        units = budget.units
+        weight = units.consumer.weight()
+        gone = remove_in_place(
+            weight, inputs, method=self.method, count=units.count, goes=budget.goes
+        )
+        lost = {units.consumer: units.columns(gone)}
+        for producer in units.producers:
+            lost[producer.matrix] = producer.rows(gone)
+            producer.matrix.weight()[lost[producer.matrix]] = 0
+        for matrix, mask in lost.items():
+            zeros = matrix.params // mask.numel() * int(mask.sum())
+            update = {"zeros": zeros, "rate": zeros / matrix.params}
+            self.outcome.matrices.append(self.records[matrix].model_copy(update=update))
+        self.outcome.removed.append((units, gone))
 
 
 def _together(runs: Sequence[Run]) -> Measured:

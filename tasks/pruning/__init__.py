@@ -22,8 +22,16 @@ from tasks.pruning.alps import alps
 from tasks.pruning.dsnot import dsnot
 from tasks.pruning.inputs import InputStatistics
 from tasks.pruning.patterns import Budget, parse_pattern
-from tasks.pruning.scores import magnitude, pruner_zero, wanda
+from tasks.pruning.scores import magnitude, pruner_zero, taylor, wanda
 from tasks.pruning.sparsegpt import published_zeros, sparsegpt
+from tasks.pruning.structured import (
+    Choose,
+    magnitude_units,
+    obs_units,
+    remove_units,
+    taylor_units,
+    wanda_units,
+)
 
 
 def _per_row(out: int, in_: int, rate: float) -> int:
@@ -41,20 +49,23 @@ class Method:
     mask of the weights that go or, where the others change as well, the new weights.
 
     `needs` names what InputStatistics must measure: any of norms, moments, gram and gradient.
-    `published_zeros` is the count that the published rule gives for (out, in, rate).
+    `published_zeros` is the count that the published rule gives for (out, in, rate). `units`
+    chooses among whole groups of columns, for prune.pattern=structured.
     """
 
     prune: Callable[[Tensor, InputStatistics, Budget], Tensor]
     needs: Collection[str] = ()
     published_zeros: Callable[[int, int, float], int] = _per_row
+    units: Choose | None = None
 
 
 METHODS: dict[str, Method] = {
-    "magnitude": Method(magnitude, (), _and_one),
-    "wanda": Method(wanda, ("norms",)),
+    "magnitude": Method(magnitude, (), _and_one, magnitude_units),
+    "wanda": Method(wanda, ("norms",), units=wanda_units),
+    "taylor": Method(taylor, ("gradient",), units=taylor_units),
     "pruner-zero": Method(pruner_zero, ("gradient",)),
     "dsnot": Method(dsnot, ("norms", "moments")),
-    "sparsegpt": Method(sparsegpt, ("gram",), published_zeros),
+    "sparsegpt": Method(sparsegpt, ("gram",), published_zeros, obs_units),
     "alps": Method(alps, ("gram",), lambda out, in_, s: int(out * in_ * s)),
 }
 
@@ -149,3 +160,20 @@ def prune_in_place(weight: Tensor, inputs: InputStatistics, *, method: str, budg
     else:
         weight.masked_fill_(new, 0)
     return measured
+
+
+def remove_in_place(
+    weight: Tensor, inputs: InputStatistics, *, method: str, count: int, goes: int
+) -> Tensor:
+    """Set `goes` of `count` equal groups of columns to zero, and change the rest to make up for it.
+
+    weight: out x in, a view into the model. Returns a mask of the groups that went; where the
+    method needs inputs and saw none, magnitude chose them.
+    """
+    chosen = (method_named(method) if inputs.measured else METHODS["magnitude"]).units
+    assert chosen is not None, f"{method} removes no units"
+    new, gone = remove_units(weight.float(), inputs, chosen, count, goes)
+    weight.copy_(new)
+    if not torch.isfinite(weight.sum(dtype=torch.float32)):
+        raise RuntimeError(f"{method} gives weights that {weight.dtype} cannot hold")
+    return gone

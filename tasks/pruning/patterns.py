@@ -21,6 +21,7 @@ from infra.errors import UserError
 from infra.records import MatrixRecord
 
 UNSTRUCTURED = "unstructured"
+STRUCTURED = "structured"  # whole channels and heads: tasks/structure.py
 _FAR = 1e-3  # how far a mean of N per block may be from the sparsity
 _MOST_SUMS = 4_000  # that mixed_groups tells apart
 
@@ -178,8 +179,8 @@ def settled(matrix: MatrixRecord, budget: Budget) -> MatrixRecord:
 
 
 def parse_pattern(pattern: str) -> tuple[int | None, int] | None:
-    """(N, M) of "N:M"; (None, M) of "N:8", one N per block; None of "unstructured"."""
-    if pattern == UNSTRUCTURED:
+    """(N, M) of "N:M"; (None, M) of "N:8", one N per block; None of the others."""
+    if pattern in (UNSTRUCTURED, STRUCTURED):
         return None
     found = re.fullmatch(r"(\d+|N):(\d+)", pattern)
     if (
