@@ -31,6 +31,7 @@ from infra.sources import cache_dir, sha256_of
 from infra.specs import Frozen
 
 STRUCTURE = "structure.json"
+_MOST = 1 << 34  # weights of a matrix that is filled up with zeros
 
 Count = Annotated[int, Field(strict=True, ge=1, lt=1 << 32)]
 
@@ -144,6 +145,8 @@ def _whole(tensor: Tensor, cuts: Sequence[tuple[Cut, Removed]]) -> Tensor:
                 f"{units.count} units: fetch both again"
             )
         full = size // kept * units.count
+        if full * tensor.numel() // size > _MOST:
+            raise UserError(f"{cut.parameter} would have {full} rows or columns: fetch it again")
         shape = [full if d == cut.dim else n for d, n in enumerate(tensor.shape)]
         places = cut.places(units.count, units.kept, full)
         tensor = tensor.new_zeros(shape).index_copy_(cut.dim, places, tensor)
