@@ -83,7 +83,8 @@ def obs_units(weight: Tensor, inputs: InputStatistics, count: int, goes: int) ->
         columns = torch.zeros_like(gone)
         columns[taken] = True
         places = columns.repeat_interleave(width).nonzero().flatten()
-        ratio = torch.linalg.solve(inverse[places][:, places], inverse[places])
+        factor = torch.linalg.cholesky(inverse[places][:, places])
+        ratio = torch.cholesky_solve(inverse[places], factor)
         left -= left[:, places] @ ratio
         inverse -= inverse[:, places] @ ratio
         inverse[places] = 0
@@ -102,5 +103,5 @@ def _errors(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
     blocks = torch.stack(
         [inverse[i : i + width, i : i + width] for i in range(0, units * width, width)]
     )
-    solved: Tensor = torch.linalg.solve(blocks, parts)
-    return solved.mul_(parts).sum((1, 2))
+    half: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), parts, upper=False)
+    return half.square_().sum((1, 2))
