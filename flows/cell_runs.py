@@ -17,7 +17,8 @@ from typing import Any
 from flows.budget import Budget
 from flows.cells import Cell
 from flows.descriptions import Descriptions
-from flows.dispatch_loop import IN_TURN, Entry, Known, Order, drive
+from flows.dispatch_loop import IN_TURN, Entry, Order, drive
+from flows.known import Known
 from flows.live import View
 from flows.pins import pin, refuse
 from flows.plan import Results, final_wave, next_wave
@@ -28,7 +29,6 @@ from infra.records import ModelRecord, TrialSpec
 from infra.specs import ClusterSpec, Spec
 from infra.store import RunStore
 from tasks.allocation import bounds_of
-from tasks.trial import check_names
 
 Connect = Callable[[ClusterSpec], AbstractContextManager[Cluster]]
 
@@ -74,10 +74,6 @@ class CellRuns:
                     self.entries[cell.name] = entry
             if not self.entries:
                 return ""
-            shares = [e.share for e in self.entries.values() if self.cluster.holds(e.share)]
-            if shares:  # else a worker would wait for a node, and all cells for it
-                methods = sorted({cell.spec.prune.method for cell in self.todo})
-                self.cluster.call(check_names, methods, share=shares[0])  # misspelt, it is no row
             if budget is not None:
                 budget.num_begun = self.num_known
                 budget.used_before_s = sum(

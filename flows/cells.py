@@ -16,6 +16,7 @@ from infra.specs import CompareSpec, PruneSpec, Spec
 from infra.store import RunStore
 from infra.study_files import StudySpec
 from tasks.allocation import ALLOCATIONS, NOT_REPRODUCED, allocation_named
+from tasks.methods import check_pattern
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Cell:
     model: str
     spec: Spec
     priority: float = 1.0
+    where: str = ""  # the group and the files that ask for it
 
     @property
     def folder(self) -> Path:
@@ -36,7 +38,7 @@ class Cell:
 def cells_of(spec: Spec, folder: Path | None = None) -> list[Cell]:
     """All cells, those of one model together, so that a worker loads it once.
 
-    Raises UserError for an allocation that is misspelt; one that is not reproduced has its cells.
+    Raises UserError for a name that is misspelt; an allocation not reproduced has its cells.
     """
     compare, prune = spec.compare, spec.prune
     folder = folder or Path(spec.run.dir)
@@ -46,6 +48,8 @@ def cells_of(spec: Spec, folder: Path | None = None) -> list[Cell]:
     for allocation in allocations.values():
         if allocation not in NOT_REPRODUCED:
             allocation_named(allocation)
+    for method in methods.values():
+        check_pattern(method, prune.pattern)
     sparsities = dict.fromkeys(compare.sparsities or [prune.sparsity])
     return [
         Cell(
@@ -78,11 +82,16 @@ def cells_of(spec: Spec, folder: Path | None = None) -> list[Cell]:
 def study_cells(study: StudySpec) -> list[Cell]:
     """The cells of all groups, with the address and the limit that the study has.
 
-    Raises UserError where two that differ have one name, or groups name different clusters.
+    Raises UserError for a name that is misspelt, where two that differ have one name, and where
+    groups name different clusters.
     """
     cells: dict[str, Cell] = {}
     for group in study.groups:
-        for cell in cells_of(group.spec, Path(study.dir)):
+        try:
+            cells_of_group = cells_of(group.spec, Path(study.dir))
+        except UserError as error:
+            raise UserError(f"{error} ({group.where})") from None
+        for cell in cells_of_group:
             name = f"{group.name}-{cell.name}".lstrip("-")
             run = cell.spec.run.model_copy(update={"dir": str(Path(study.dir) / name)})
             spec = cell.spec.model_copy(update={"run": run})
@@ -91,7 +100,7 @@ def study_cells(study: StudySpec) -> list[Cell]:
                     f"two cells of different settings are called {name!r}: give one of their "
                     'groups a name = "..." in [[cells]]'
                 )
-            cells.setdefault(name, Cell(name, cell.model, spec, group.priority))
+            cells.setdefault(name, Cell(name, cell.model, spec, group.priority, group.where))
     addresses = {cell.spec.cluster.address for cell in cells.values()}
     if len(addresses) > 1:
         raise UserError(

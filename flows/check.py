@@ -4,7 +4,8 @@
 
 Every source is resolved and read, the model is loaded where a trial would load it, and its dense
 loss is compared with a plain loop's. Nothing is pruned. Of a comparison, the first model is shown,
-and the time of all cells; a cell that would be refused is named with the reason.
+and the time of all cells; a cell that would be refused is named with the reason. Of a study, see
+flows/check_study.py.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from flows.plan import (
     token_passes,
     waves_left,
 )
-from infra.cluster import Cluster, connect
+from infra.cluster import Cluster, Share, connect
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialSpec
 from infra.specs import PruneSpec, Spec
 from tasks.allocation import allocation_named, bounds_of, check_rates
-from tasks.trial import check_names, describe_model, measure_profile, time_dense
+from tasks.trial import describe_model, measure_profile, time_dense
 
 
 def check(spec: Spec, *, prune_dir: str = "", as_json: bool = False) -> dict[str, Any]:
@@ -49,21 +50,20 @@ def check(spec: Spec, *, prune_dir: str = "", as_json: bool = False) -> dict[str
     if len(cells) == 1:
         refuse(spec)
         pin(spec)  # what cannot be read is refused before Ray is started
-    found: dict[str, _Found | UserError] = {}  # by the model's source
+    found: dict[str, Found | UserError] = {}  # by the model's source
     refused: dict[str, str] = {}
     passes, seconds, memory = 0, 0.0, 0
     with connect(spec.cluster) as cluster:
         where = cluster.describe()
-        cluster.call(check_names, sorted({cell.spec.prune.method for cell in cells}))
         for cell in cells:
             if cell.spec.model.source not in found:
-                found[cell.spec.model.source] = _look(cell.spec, cluster, alone=len(cells) == 1)
+                found[cell.spec.model.source] = look_at(cell.spec, cluster, alone=len(cells) == 1)
             look = found[cell.spec.model.source]
             try:
                 if isinstance(look, UserError):
                     raise look
                 refuse(cell.spec)
-                _try_rates(cell.spec, look, cluster)
+                try_rates(cell.spec, look, cluster)
             except UserError as error:
                 refused[cell.name] = str(error)
                 continue
@@ -71,8 +71,8 @@ def check(spec: Spec, *, prune_dir: str = "", as_json: bool = False) -> dict[str
             passes += measuring + planned_passes(cell.spec, look.model, {})
             in_turn = measuring + _passes_in_turn(cell.spec, look.model, where["parallel"])
             seconds += in_turn * look.seconds_per_token
-            memory = max(memory, *(_memory(look.model, t) for t in kinds_of_trial(cell.spec)))
-    shown = next((look for look in found.values() if isinstance(look, _Found)), None)
+            memory = max(memory, *(memory_bytes(look.model, t) for t in kinds_of_trial(cell.spec)))
+    shown = next((look for look in found.values() if isinstance(look, Found)), None)
     if shown is None or len(refused) == len(cells):
         raise UserError(next(iter(refused.values())))
     model, data = shown.model, shown.spec.data
@@ -103,7 +103,7 @@ def check(spec: Spec, *, prune_dir: str = "", as_json: bool = False) -> dict[str
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """A model as a worker found it; `spec` is pinned to its revision."""
 
     spec: Spec
@@ -111,27 +111,39 @@ class _Found:
     seconds_per_token: float
 
 
-def _look(spec: Spec, cluster: Cluster, *, alone: bool) -> _Found | UserError:
-    """What there is to see of a model; of one of many cells, without what it would prune."""
+def look_at(
+    spec: Spec,
+    cluster: Cluster,
+    *,
+    alone: bool,
+    share: Share | None = None,
+    seconds_per_token: float | None = None,
+) -> Found | UserError:
+    """What there is to see of a model; of one of many cells, without what it would prune.
+
+    It is timed where `seconds_per_token` is not known.
+    """
     try:
         pinned = pin(spec)
         kept = pinned.prune if alone else PruneSpec(sparsity=pinned.prune.sparsity)
         trials = kinds_of_trial(pinned.model_copy(update={"prune": kept}))
-        model = cluster.call(describe_model, trials)
+        model = cluster.call(describe_model, trials, share=share)
         refuse_objective(pinned, model)
-        tokens, seconds = cluster.call(time_dense, trials[0])
+        if seconds_per_token is None:
+            tokens, seconds = cluster.call(time_dense, trials[0], share=share)
+            seconds_per_token = seconds / tokens
     except UserError as error:
         return error
-    return _Found(pinned, model, seconds / tokens)
+    return Found(pinned, model, seconds_per_token)
 
 
-def _try_rates(spec: Spec, look: _Found, cluster: Cluster) -> None:
+def try_rates(spec: Spec, look: Found, cluster: Cluster, share: Share | None = None) -> None:
     """Raise UserError where an allocation has no rates; those that cost a pass are not measured."""
     check_rates(spec.prune, look.model.matrices)
     allocation = allocation_named(spec.prune.allocation)
     if allocation.measure is not None and allocation.cost == "none":  # a file
         pinned = look.spec.model_copy(update={"prune": spec.prune})
-        cluster.call(measure_profile, search_trial(pinned, spec.prune, -1))
+        cluster.call(measure_profile, search_trial(pinned, spec.prune, -1), share=share)
 
 
 def _block(model: ModelRecord, index: int) -> dict[str, Any]:
@@ -149,7 +161,7 @@ def _passes_in_turn(spec: Spec, model: ModelRecord, parallel: int) -> int:
     return sum(sum(wave[::-1][::parallel]) for wave in waves)
 
 
-def _memory(model: ModelRecord, trial: TrialSpec) -> int:
+def memory_bytes(model: ModelRecord, trial: TrialSpec) -> int:
     """Private bytes of a trial: what all batches hold at a pause, one block, the head's logits.
 
     A batch that pauses inside a block also holds what it has computed there: measured, about its

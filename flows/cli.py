@@ -3,7 +3,8 @@
     sparseramp search flows/specs/quickstart.toml prune.sparsity=0.7 run.dir=runs/seventy
 
 A spec says what; the few options here say how it is shown. Nothing heavy is imported before the
-spec is read. Exit codes: 0 done, 2 something the user can put right (one line), 130 stopped.
+spec is read. Exit codes: 0 done; 1 done, but cells of a study failed or are refused; 2 something
+the user can put right (one line); 130 stopped.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,7 +36,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         environment.prepare()
         environment.guard()
-        options.command(options)
+        code = options.command(options)
     except UserError as error:
         print(f"sparseramp: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -43,12 +45,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         promise = "; the same command goes on where it left off" if runs else ""
         print(f"sparseramp: stopped{promise}", file=sys.stderr)
         sys.exit(130)
-    sys.exit(0)
+    sys.exit(code or 0)
 
 
 def _stop(*_: object) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what runs is being cleaned up
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt("SIGTERM")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,14 +125,25 @@ def _compare(options: argparse.Namespace) -> None:
     _show_comparison(compare(spec, as_json=options.json), spec.run.dir, options.json)
 
 
-def _study(options: argparse.Namespace) -> None:
+def _study(options: argparse.Namespace) -> int:
     from infra.study_files import load_study
 
     spec = load_study(options.spec, options.overrides)
     from flows.study import study
 
     as_json = options.json or not sys.stdout.isatty()
-    _show_leaderboard(study(spec, as_json=as_json), spec.dir, as_json)
+    board = study(spec, as_json=as_json)
+    _show_leaderboard(board, spec.dir, as_json)
+    from flows.leaderboard import unfit_cells
+
+    unfit = unfit_cells(board)
+    if unfit:
+        states = ", ".join(
+            f"{n} {state}" for state, n in Counter(r["state"] for r in unfit).items()
+        )
+        of = f"{len(unfit)} of {len(board['rows'])} cells have no result"
+        print(f"sparseramp: {of} ({states}): {spec.dir}/leaderboard.html says why", file=sys.stderr)
+    return 1 if unfit else 0
 
 
 def _show_leaderboard(board: dict[str, Any], run: str, as_json: bool) -> None:
@@ -163,6 +176,18 @@ def _stop_run(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from flows.status import at_work, print_status, status
+
+    if where := at_work(Path(options.run)):
+        found = status(Path(options.run))
+        if options.json:
+            print(json.dumps(found))
+            return
+        print(f"{options.run} is at work, so no report is written now: what there is so far")
+        print_status(found)
+        if where.exists():
+            print(f"report so far  {where}")
+        return
     from flows.comparison import write_comparison
     from flows.report import write_report
     from infra.store import RunStore
@@ -203,15 +228,22 @@ def _show_comparison(comparison: dict[str, Any], run: str, as_json: bool) -> Non
     print_comparison(comparison, run)
 
 
-def _check(options: argparse.Namespace) -> None:
-    from infra.spec_files import load_spec
+def _check(options: argparse.Namespace) -> int:
+    from infra.spec_files import is_study, load_spec
 
+    if is_study(options.spec):
+        from flows.check_study import check_study
+        from infra.study_files import load_study
+
+        found = check_study(load_study(options.spec, options.overrides), as_json=options.json)
+        return 1 if found["refused"] else 0
     spec, pruned = (
         load_spec(options.spec, options.overrides, run_suffix=suffix) for suffix in ("", "-prune")
     )
     from flows.check import check
 
     check(spec, prune_dir=pruned.run.dir, as_json=options.json)
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> None:

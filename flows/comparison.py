@@ -34,6 +34,8 @@ Row = dict[str, Any]
 
 WHAT = ["model", "sparsity", "method", "allocation", "rates"]
 REST = ["loss / dense", "gain", "95 % interval", "search cost", "outcome"]
+NOT_BEGUN = "not begun"  # of a cell that has no files
+STOPPED = "stopped"  # by the budget, and by nothing else
 EARLIER = " (earlier)"  # marks a cell that the present lists do not ask for
 WIDE = {"bits per byte", "loss / dense", "95 % interval", "search cost"}
 
@@ -157,7 +159,7 @@ def row_of(cell: Cell) -> Row:
         "asked": True,
     }
     if not (cell.folder / "run.json").exists():
-        return row | {"state": "missing", "cause": "not begun: the same command goes on"}
+        return row | {"state": NOT_BEGUN, "cause": "the same command goes on"}
     try:
         store = RunStore.read(cell.folder)
         report = store.report()
@@ -214,7 +216,7 @@ def _unfinished(store: RunStore) -> Row:
     finals = [r for r in failed if r.spec.stage == "final"]
     last = (store.events() or [{"event": ""}])[-1]
     if last["event"] == "stopped" and last["cause"] == "BudgetSpent":
-        return {"state": "stopped", "cause": last["reason"]}
+        return {"state": STOPPED, "cause": last["reason"]}
     if last["event"] != "stopped" or last["cause"] != "UserError":
         return {"state": "unfinished", "cause": "the same command goes on"}
     if finals:

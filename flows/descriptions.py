@@ -9,15 +9,15 @@ is answered the dispatch loop goes on with other runs.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 
 from flows.plan import kinds_of_trial, refuse_objective, search_trial
 from infra.errors import UserError
-from infra.records import ModelAnswer, ModelQuestion, ModelRecord, TrialResult, TrialSpec
+from infra.records import ModelAnswer, ModelQuestion, ModelRecord, TrialResult
 from infra.specs import Spec
 from tasks.allocation import ALLOCATIONS, allocation_named
 
-Asking = Generator[TrialSpec | None, None, ModelRecord]
+Asking = Generator[ModelQuestion, None, ModelRecord]
 
 
 class Descriptions:
@@ -26,33 +26,34 @@ class Descriptions:
     def __init__(self) -> None:
         self._models: dict[str, ModelRecord] = {}
         self._measured: dict[str, list[float]] = {}
-        self._asked: set[str] = set()  # questions that are out
 
     def note(self, spec: Spec, model: ModelRecord) -> None:
         """What an earlier start of a run has found out."""
-        self._models.setdefault(_description(spec), model)
+        self._models.setdefault(description_of(spec), model)
         self._measured.setdefault(_measurement(spec), model.profile)
 
     def of(self, spec: Spec) -> Asking:
-        """The model as one run found it, with this one's own measurement; yields what to ask.
+        """The model as one run found it, with this one's own measurement; yields what to ask, again
+        and again until it is answered, whoever has asked.
 
         Raises UserError where the model has not what is searched.
         """
-        trials, described = kinds_of_trial(spec), _description(spec)
+        trials, described = kinds_of_trial(spec), description_of(spec)
+        question = ModelQuestion(**dict(trials[0]), key=described, sizes=trials)
         while described not in self._models:
-            yield self._question(described, trials[0], trials)
+            yield question
         model = self._models[described]
         refuse_objective(spec, model)
         key = _measurement(spec)
         if allocation_named(spec.prune.allocation).measure is None:
             return model.model_copy(update={"profile": []})
+        question = ModelQuestion(**dict(search_trial(spec, spec.prune, -1)), key=key, sizes=[])
         while key not in self._measured:
-            yield self._question(key, search_trial(spec, spec.prune, -1))
+            yield question
         return model.model_copy(update={"profile": self._measured[key]})
 
     def take(self, question: ModelQuestion, result: TrialResult) -> None:
         """The answer; raises UserError where there is none, and whoever asks next asks anew."""
-        self._asked.remove(question.key)
         if not isinstance(result, ModelAnswer):
             what = "describe_model" if question.sizes else "measure_profile"
             raise UserError(f"{what} failed: {result.cause}")
@@ -63,17 +64,8 @@ class Descriptions:
         else:
             self._measured[question.key] = result.measured
 
-    def _question(
-        self, key: str, trial: TrialSpec, sizes: Sequence[TrialSpec] = ()
-    ) -> ModelQuestion | None:
-        """None while it is out, asked by this run or by another."""
-        if key in self._asked:
-            return None
-        self._asked.add(key)
-        return ModelQuestion(**dict(trial), key=key, sizes=list(sizes))
 
-
-def _description(spec: Spec) -> str:
+def description_of(spec: Spec) -> str:
     """What decides the description of a model: all that its trials read, whatever they prune."""
     search = {"objective", "protocol"}
     fields = {"model": True, "data": True, "calibration": True, "evaluation": True}

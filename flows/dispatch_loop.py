@@ -11,28 +11,33 @@ opened when the loop first comes to it. Equal trials of several runs are run onc
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from flows.budget import Budget, BudgetSpent
+from flows.known import Known, unpaid, work_of
 from infra.cluster import Job, Pool, Share, Source, TrialFunction
 from infra.errors import UserError
 from infra.records import ModelQuestion, TrialResult, TrialSpec
 from tasks.trial import run_trial
 
 _END = "no trial is left"
+_LOOK_S = 1.0
+
+# A trial to run, something outside the loop that must end first, or None: trials must.
+Step = TrialSpec | Future[None] | None
 
 
 class Driven(Protocol):
     """What the loop asks of a run; see flows.search.Run."""
 
-    def trials(self) -> Iterator[TrialSpec | None]:
+    def trials(self) -> Iterator[Step]:
         """The trials to run, and what is to be asked of the model before them, in order; None
-        while what is out must end first."""
+        while what is out must end first, a Future where it waits for something else."""
 
     def take(self, result: TrialResult) -> None:
         """The result of a trial that was offered."""
@@ -72,7 +77,8 @@ class Entry:
     used_s: float = 0.0  # GPU-seconds of trials that have ended, else CPU-seconds
     # what follows is the loop's
     driven: Driven | None = None
-    coming: Iterator[TrialSpec | None] | None = None
+    coming: Iterator[Step] | None = None
+    awaited: Future[None] | None = None
     next: tuple[TrialSpec, str] | None = None  # looked at and not begun, with its work
     out: dict[str, float] = field(default_factory=dict)  # when each trial was begun, by its work
     num_ended: int = 0
@@ -128,32 +134,6 @@ def drive(
     return _Loop(cluster, entries, known, order, budget or Budget(), keep_going).drive()
 
 
-class Known:
-    """Where the results of finished trials are; only that is kept in memory, of whatever many."""
-
-    def __init__(self) -> None:
-        self._works: set[str] = set()
-        self._read: dict[str, Callable[[], TrialResult]] = {}
-
-    def note(self, result: TrialResult, read: Callable[[], TrialResult]) -> bool:
-        """Note a finished trial; whether it is the first of its work.
-
-        One that failed answers nothing: it may have been of that one moment.
-        """
-        work = work_of(result.spec)
-        is_new = work not in self._works
-        self._works.add(work)
-        if result.state == "complete":
-            self._read[work] = read
-        return is_new
-
-    def answer(self, trial: TrialSpec, work: str) -> TrialResult | None:
-        """The result of an equal trial; none where a checkpoint is wanted, which is on a node."""
-        if trial.checkpoint or work not in self._read:
-            return None
-        return _unpaid(self._read[work]()).model_copy(update={"spec": trial})
-
-
 class _Loop:
     def __init__(
         self,
@@ -169,14 +149,21 @@ class _Loop:
         self.entries = list(entries)  # that have not ended
         self.used_s = self.budget.used_before_s + sum(entry.used_s for entry in entries)
         self.known = known or Known()
+        # By work: who gets its result, the one that is billed first.
         self.claims: dict[str, list[tuple[Entry, TrialSpec]]] = {}
+        self.jobs: dict[str, Job] = {}
+        self.unheld: set[Share] = set()  # shares that no node holds now
         self.waiting: set[Entry] = set()  # for a node that holds their share, as they have said
 
     def drive(self) -> str:
         spent = ""
         try:
-            for result in self.cluster.dispatch(run_trial, self._next):
-                self._ended(result)
+            while True:
+                for result in self.cluster.dispatch(run_trial, self._next):
+                    self._ended(result)
+                if not (awaited := [e.awaited for e in self.entries if e.awaited]):
+                    break
+                wait(awaited, _LOOK_S, FIRST_COMPLETED)
             spent = self._spent() if self.entries else ""
         except BudgetSpent as error:
             spent = str(error)
@@ -199,9 +186,13 @@ class _Loop:
         spent = self._spent()
         if now >= self.budget.until + self.budget.grace_s:
             raise BudgetSpent(spent)
-        waited_s = {share: pool.unheld_s(share) for share in {e.share for e in self.entries}}
-        for entry in list(self.entries) if any(waited_s.values()) or self.waiting else ():
+        shares = {e.share for e in self.entries} | {job.share for job in self.jobs.values()}
+        waited_s = {share: pool.unheld_s(share) for share in shares}
+        self.unheld = {share for share in shares if waited_s[share]}
+        for entry in list(self.entries) if self.unheld or self.waiting else ():
             self._wait_for_node(entry, waited_s[entry.share], pool.patience_s)
+        for entry in [e for e in self.entries if e.awaited and e.awaited.done()]:
+            self._look(entry)  # wherever there is room: it may need none
         fits: dict[Share, bool] = {}
         pool.held.clear()
         chosen: Entry | None = None
@@ -244,10 +235,12 @@ class _Loop:
         trial, work = entry.next
         self.claims[work] = [(entry, trial)]
         entry.next, entry.out[work] = None, now
-        if isinstance(trial, ModelQuestion):  # which may have to download the model
-            return Job(trial, entry.share)
-        self.budget.num_begun += 1
-        return Job(trial, entry.share, entry.timeout_s)
+        # A question may have to download the model.
+        is_question = isinstance(trial, ModelQuestion)
+        self.budget.num_begun += not is_question
+        job = Job(trial, entry.share, 0.0 if is_question else entry.timeout_s)
+        self.jobs[work] = job
+        return job
 
     def _wait_for_node(self, entry: Entry, waited_s: float, patience_s: float) -> None:
         """A run that no node holds any more says so, and when none has come in time it ends."""
@@ -255,7 +248,7 @@ class _Loop:
             if waited_s and entry.driven and entry not in self.waiting:
                 entry.driven.wait(entry.share.no_node)
             (self.waiting.add if waited_s else self.waiting.discard)(entry)
-            if waited_s >= patience_s and not entry.out:  # else they are failed first
+            if waited_s >= patience_s and not (entry.out or entry.awaited):  # they fail first
                 entry.driven = entry.driven or entry.run()  # whose files say why it ends
                 raise UserError(entry.share.given_up(patience_s))
         except UserError as error:
@@ -272,10 +265,16 @@ class _Loop:
                 entry.coming = entry.driven.trials()
             assert entry.driven is not None
             while True:
-                if entry.next is None:
+                if entry.awaited and not entry.awaited.done():
+                    return False
+                entry.awaited = None
+                if entry.next is None or isinstance(entry.next[0], ModelQuestion):
                     trial = next(entry.coming, _END)
                     if trial is None:
                         return False
+                    if isinstance(trial, Future):
+                        entry.awaited = trial
+                        continue
                     if isinstance(trial, str):
                         entry.driven.finish()
                         self._remove(entry)
@@ -283,7 +282,12 @@ class _Loop:
                     entry.next = trial, work_of(trial)
                 trial, work = entry.next
                 if work in self.claims:
-                    self.claims[work].append((entry, trial))
+                    if self.jobs[work].share in self.unheld and entry.share not in self.unheld:
+                        self._hand_over(work, entry, trial)
+                    elif isinstance(trial, ModelQuestion):  # what is then asked, the answer decides
+                        return False
+                    else:
+                        self.claims[work].append((entry, trial))
                 elif answer := self.known.answer(trial, work):
                     entry.driven.take(answer)
                 else:
@@ -293,9 +297,19 @@ class _Loop:
             self._end(entry, error)
             return False
 
+    def _hand_over(self, work: str, entry: Entry, trial: TrialSpec) -> None:
+        """What waits for a node that is gone is done where another run that needs it has one."""
+        first, _ = self.claims[work][0]
+        del first.out[work]
+        entry.out[work] = self.cluster.now()
+        self.jobs[work].share = entry.share
+        others = [] if isinstance(trial, ModelQuestion) else self.claims[work]
+        self.claims[work] = [(entry, trial), *others]
+
     def _ended(self, result: TrialResult) -> None:
         work = work_of(result.spec)
         claims = self.claims.pop(work)
+        del self.jobs[work]
         first = claims[0][0]
         del first.out[work]
         first.used_s += result.cost.used_s
@@ -305,7 +319,7 @@ class _Loop:
         for entry, trial in claims:
             if entry.driven is None:  # it ended early
                 continue
-            paid, result = result, _unpaid(result)
+            paid, result = result, unpaid(result)
             try:
                 entry.driven.take(paid.model_copy(update={"spec": trial}))
             except UserError as error:
@@ -318,7 +332,7 @@ class _Loop:
         """Whatever a run holds in memory goes when it has ended."""
         self.entries.remove(entry)
         self.waiting.discard(entry)
-        entry.driven = entry.coming = entry.next = None
+        entry.driven = entry.coming = entry.next = entry.awaited = None
 
     def _end(self, entry: Entry, error: Exception, *, alone: bool = False) -> None:
         if not (alone or self.keep_going):
@@ -333,14 +347,3 @@ def _stop(driven: Driven | None, error: BaseException) -> None:
     with suppress(UserError):
         if driven is not None:
             driven.stop(error)
-
-
-def _unpaid(result: TrialResult) -> TrialResult:
-    """For whoever shares a trial: the time that a worker was held is in the first one's files."""
-    return result.model_copy(update={"cost": result.cost.model_copy(update={"held_s": 0.0})})
-
-
-def work_of(trial: TrialSpec) -> str:
-    """What a trial does, by whatever number it goes."""
-    work = trial.model_copy(update={"number": 0}).model_dump_json()
-    return hashlib.sha256(work.encode()).hexdigest()

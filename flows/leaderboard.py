@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.cells import Cell, study_cells
-from flows.comparison import Row, row_of
+from flows.comparison import NOT_BEGUN, STOPPED, Row, row_of
 from flows.figures import RUNG_COLOURS, Figure
 from flows.live import duration
 from flows.report import page
@@ -34,15 +34,28 @@ COLUMNS = ["cell", "model", "modality", "family", "blocks", "method", "allocatio
 COLUMNS += ["realised", "state", "verdict", "cause", "headline", "dense", "uniform", "best"]
 COLUMNS += ["gain", "gain_stderr", "gain_low", "gain_high", "gain_unit", "beta", "tilt", "trials"]
 COLUMNS += ["used_s", "peak_memory_bytes", "priority", "report"]
+# Columns that a narrow terminal may lack, those that are kept longest first.
+SPARED = ["allocation", "best", "uniform", "dense", "tilt", "beta", "trials", "used"]
+SPARED += ["95 % interval", "metric", "memory"]
+FOLDED = 24  # characters of an outcome, on as many lines as it takes
 
 
 def write_leaderboard(folder: Path) -> dict[str, Any]:
     """Make the three files from those of the cells, and return what leaderboard.json holds."""
     store = RunStore.read(folder)
     board = Leaderboard(store, study_cells_in(store))
+    return board.write(spent_of(store))
+
+
+def spent_of(store: RunStore) -> str:
+    """Why the budget has ended a study; empty where it has not, or where a later start goes on."""
     ends = [e for e in store.events() if e["event"] in ("stopped", "finished", "resumed")]
-    spent = ends[-1].get("reason", "") if ends and ends[-1].get("cause") == "BudgetSpent" else ""
-    return board.write(spent)
+    return ends[-1].get("reason", "") if ends and ends[-1].get("cause") == "BudgetSpent" else ""
+
+
+def unfit_cells(board: dict[str, Any]) -> list[Row]:
+    """Rows without a result, but for those that a spent budget has left for a later start."""
+    return [row for row in board["rows"] if row["state"] not in ("complete", STOPPED)]
 
 
 def study_cells_in(store: RunStore) -> list[Cell]:
@@ -72,8 +85,8 @@ class Leaderboard:
         """Write the three files; `spent` is why the budget ended the study."""
         rows = list(self.rows.values())
         if spent:
-            stopped = {"state": "stopped", "cause": spent}
-            rows = [row | stopped if row["state"] == "missing" else row for row in rows]
+            stopped = {"state": STOPPED, "cause": spent}
+            rows = [row | stopped if row["state"] == NOT_BEGUN else row for row in rows]
         rows.sort(key=lambda row: (row["model"], row["sparsity"], row["method"]))
         plots = _plots([row for row in rows if row["state"] == "complete"])
         board = {
@@ -117,7 +130,7 @@ def _stamp(cell: Cell) -> int:
 
 def _row(cell: Cell) -> Row:
     row: Row = {"trials": 0, "used_s": 0.0, "peak_memory_bytes": 0, **row_of(cell)}
-    if row["state"] not in ("missing", "damaged"):
+    if row["state"] not in (NOT_BEGUN, "damaged"):
         store = RunStore.read(cell.folder)
         row["trials"] = len(store.numbers())
         if row["state"] != "complete":
@@ -249,19 +262,36 @@ def _families(rows: Sequence[Row]) -> list[tuple[str, list[Row], str]]:
     ]
 
 
+def _fitting(rows: Sequence[dict[str, str]], width: int) -> list[str]:
+    """The columns that a terminal has room for; the page and the CSV have all of them."""
+
+    def needed(name: str) -> int:
+        longest = max(len(name), *(len(row[name]) for row in rows))
+        return 3 + (min(longest, FOLDED) if name == "outcome" else longest)
+
+    kept = [name for name in rows[0] if name not in SPARED]
+    left = width - 1 - sum(map(needed, kept))
+    for name in SPARED:
+        if needed(name) <= left:
+            kept.append(name)
+            left -= needed(name)
+    return [name for name in rows[0] if name in kept]
+
+
 def print_leaderboard(board: dict[str, Any], folder: str) -> None:
     """The table on a terminal, and where to look next."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200
-    hidden = {"metric", "95 % interval", "memory"} if console.width < 150 else set()
     rows = [_words(row) for row in board["rows"]]
     table = Table(
         title=f"{len(rows)} cells, {duration(board['used_s'])} used", title_justify="left"
     )
-    shown = [name for name in rows[0] if name not in hidden]
+    # In a file, nothing has to fit a screen.
+    shown = _fitting(rows, console.width) if console.is_terminal else list(rows[0])
     for name in shown:
-        table.add_column(name, overflow="fold")
+        whole = console.is_terminal and name != "outcome"
+        table.add_column(name, overflow="fold", no_wrap=whole)
     for words in rows:
         table.add_row(*(words[name] for name in shown))
     console.print(table, markup=False)

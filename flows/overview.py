@@ -44,7 +44,7 @@ class CellLine:
         elif kind == "stopped":
             self.state = f"stopped: {event['reason']}"
         elif kind != "storage":
-            self.state = kind
+            self.state = "reading the model" if kind == "started" else kind
         self.overview.told(self, event)
 
     def _trial(self, event: Event) -> None:
@@ -85,6 +85,14 @@ class Overview:
         self.now: Callable[[], float] = lambda: 0.0  # by the cluster's clock
         self._ended, self._going = ended, going
         self._clock, self._begun = clock, clock()
+
+    def say(self, text: str) -> None:
+        """What is being done before the first cell tells anything."""
+        if self.as_json:
+            event = {"kind": "starting", "stage": text}
+            print(json.dumps(event), file=self.console.file, flush=True)
+        else:
+            self.console.print(Text(text))
 
     def view_of(self, cell: Cell) -> View:
         """Where the run of a cell tells what happens."""

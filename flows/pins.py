@@ -4,11 +4,12 @@ refuse(spec)
 spec = pin(spec)
 """
 
-from infra.checkpoints import inspect_checkpoint
+from infra.checkpoints import inspect_checkpoint, refuse_unfit
 from infra.errors import UserError
-from infra.sources import fetch, pinned
-from infra.specs import MISSING_SOURCE, Spec
+from infra.sources import fetch, listed, pinned
+from infra.specs import MISSING_SOURCE, ModelSpec, Spec
 from tasks.allocation import allocation_named
+from tasks.methods import check_pattern
 
 
 def refuse(spec: Spec) -> None:
@@ -19,6 +20,7 @@ def refuse(spec: Spec) -> None:
     if prune.sparsity == 0:
         raise UserError("prune.sparsity=0 prunes nothing: give the share of zeros, such as 0.6")
     allocation_named(prune.allocation)
+    check_pattern(prune.method, prune.pattern)
     if prune.pattern[0].isdigit() and prune.allocation != "uniform":
         kept, size = map(int, prune.pattern.split(":"))
         raise UserError(
@@ -32,17 +34,13 @@ def refuse(spec: Spec) -> None:
 def pin(spec: Spec) -> Spec:
     """The spec with the exact revision of every source, so that all nodes read the same.
 
-    Raises UserError where a source is missing, or a checkpoint is cut off or unsafe.
+    Raises UserError where a source is missing, or a checkpoint is cut off or unsafe; of the hub,
+    whether weights are cut off is seen where they are loaded.
     """
     model, data = spec.model, spec.data
-    inspect_checkpoint(
-        fetch(model.source, allow_pickle=model.allow_pickle),
-        allow_pickle=model.allow_pickle,
-        trust_remote_code=model.trust_remote_code,
-    )
     model = model.model_copy(
         update={
-            "source": pinned(model.source, allow_pickle=model.allow_pickle),
+            "source": _pin_model(model),
             "tokenizer": model.tokenizer and pinned(model.tokenizer, "tokenizer"),
         }
     )
@@ -54,3 +52,15 @@ def pin(spec: Spec) -> Spec:
     }
     data = data.model_copy(update=sources)
     return spec.model_copy(update={"model": model, "data": data})
+
+
+def _pin_model(model: ModelSpec) -> str:
+    """Of the hub, the weights stay there until a worker loads them, and looks at them as well."""
+    options = {"allow_pickle": model.allow_pickle, "trust_remote_code": model.trust_remote_code}
+    if found := listed(model.source, allow_pickle=model.allow_pickle):
+        source, listing = found
+        if listing.names and "packed.json" not in listing.names:
+            refuse_unfit(listing.folder, listing.names, **options)
+        return source
+    inspect_checkpoint(fetch(model.source, allow_pickle=model.allow_pickle), **options)
+    return pinned(model.source, allow_pickle=model.allow_pickle)

@@ -15,7 +15,8 @@ from typing import Any
 
 from flows import speed
 from flows.descriptions import Asking, Descriptions
-from flows.dispatch_loop import Entry, drive
+from flows.dispatch_loop import Entry, Step, drive
+from flows.fetching import Fetching
 from flows.live import View, live, trial_event
 from flows.pins import pin, refuse
 from flows.plan import (
@@ -27,7 +28,7 @@ from flows.plan import (
     token_passes,
 )
 from flows.report import Report, write_report
-from flows.stop import stoppable
+from flows.stop import cause_of, stoppable
 from infra import tracking
 from infra.cluster import Cluster, LostCheckpointError, connect, damaged
 from infra.documents import data_sha256
@@ -111,8 +112,9 @@ class Run:
         self._again: TrialResult | None = None  # of a trial whose checkpoint was lost
         self._problem = ""  # why there is no checkpoint in the end
         self._storage_problem = ""
+        self._fetching: Fetching | None = None
 
-    def trials(self) -> Iterator[TrialSpec | None]:
+    def trials(self) -> Iterator[Step]:
         """What is to be asked of the model, and the trials that are still to be run, in order;
         None while others must end first.
 
@@ -192,7 +194,7 @@ class Run:
 
         Raises UserError where that cannot be written down; who watches is told all the same.
         """
-        fields = {"cause": type(error).__name__, "reason": str(error)}
+        fields = cause_of(error)
         try:
             self.store.event("stopped", **fields)
         finally:
@@ -200,7 +202,9 @@ class Run:
             self.close()
 
     def close(self) -> None:
-        """Let Optuna's thread end."""
+        """Let the threads of Optuna and of the checkpoint end."""
+        if self._fetching is not None:
+            self._fetching.stop()
         if self._studies is not None:
             self._studies.close()
             self._tell_storage(self._studies, last=True)
@@ -284,7 +288,7 @@ class Run:
         fields = {"candidates": candidates, "planned": planned, "planned_trials": trials}
         self.tell(kind, rung=wave[0].rung, **fields)
 
-    def _publish(self) -> Iterator[TrialSpec | None]:
+    def _publish(self) -> Iterator[Step]:
         """Bring the best checkpoint into the run directory, once; a lost one is made again."""
         best = self.store.path("best")
         saved = next((r for r in self.results.values() if r.spec.checkpoint), None)
@@ -302,9 +306,10 @@ class Run:
             if saved.state == "failed":
                 cause = f"trial {saved.spec.number} failed, {saved.cause}"
                 break
-            self.store.check_owner()
+            self._fetching = Fetching(self.cluster.fetch, saved, best, self.store.check_owner)
+            yield self._fetching.ended
             try:
-                self.cluster.fetch(saved, best)
+                self._fetching.ended.result()
                 return
             except OSError as error:
                 cause = error.strerror or str(error)

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.cells import Cell, cells_of
-from flows.comparison import row_of
-from flows.leaderboard import STUDY, study_cells_in
+from flows.comparison import NOT_BEGUN, STOPPED, row_of
+from flows.leaderboard import STUDY, spent_of, study_cells_in
 from flows.live import duration
 from flows.plan import best_so_far, planned_trials
 from infra.driver import driver_of
@@ -39,7 +39,8 @@ def status(folder: Path) -> Status:
         "age_s": _age_s(events[-1]["time"]) if events else None,
     }
     if cells := cells_in(store):
-        rows = [_cell(cell) for cell in cells]
+        spent = spent_of(store) if driver is None else ""
+        rows = [_cell(cell, spent) for cell in cells]
         newest = [row["age_s"] for row in rows if row["age_s"] is not None]
         return found | {
             "age_s": min([*newest, *([found["age_s"]] if events else [])], default=None),
@@ -51,6 +52,18 @@ def status(folder: Path) -> Status:
             "cells": rows,
         }
     return found | _run(store)
+
+
+def at_work(folder: Path) -> Path | None:
+    """Of a run that a driver is at work on, or a cell that it is to end, the page that it writes.
+
+    None where nobody would be disturbed by a new report.
+    """
+    if driver_of(folder):
+        pages = {"compare": "compare.html", "study": "leaderboard.html"}
+        return folder / pages.get(RunStore.read(folder).command, "report.html")
+    ended = (folder / "report.json").exists()
+    return None if ended or not driver_of(folder.resolve().parent) else folder / "report.html"
 
 
 def cells_in(store: RunStore) -> list[Cell]:
@@ -86,12 +99,14 @@ def _run(store: RunStore) -> Status:
     }
 
 
-def _cell(cell: Cell) -> Status:
+def _cell(cell: Cell, spent: str) -> Status:
     row = row_of(cell)
+    if spent and row["state"] == NOT_BEGUN:
+        row |= {"state": STOPPED, "cause": spent}
     known = {"cell": cell.name, "state": row["state"], "cause": row["cause"], "age_s": None}
     none = {"complete": 0, "failed": 0, "planned": planned_trials(cell.spec, None, {})}
     known |= {"trials": none, "best": None, "used_s": 0.0}
-    if row["state"] in ("missing", "damaged"):
+    if row["state"] == "damaged" or not (cell.folder / "run.json").exists():
         return known
     store = RunStore.read(cell.folder)
     events = store.events()
@@ -108,8 +123,10 @@ def _age_s(time: str) -> float:
 
 
 def print_status(found: Status) -> None:
-    """As few lines as say it; of many cells a line for each that is not yet begun or has ended."""
+    """As few lines as say it; of many cells a line for each that has begun or ended."""
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 200  # in a file, nothing has to fit a screen
     driver = found["driver"]
     who = f"driven by pid {driver['pid']} on {driver['host']}" if driver else "no driver is at work"
     if not driver and found["last_event"] in ("finished", "stopped"):
@@ -123,13 +140,16 @@ def print_status(found: Status) -> None:
     if "cells" not in found:
         console.print(f"best    {_best(found['best'])}", markup=False)
         return
-    states = ", ".join(f"{count} {state}" for state, count in found["states"].items())
+    states = ", ".join(
+        f"{count} {'stopped by the budget' if state == STOPPED else state}"
+        for state, count in found["states"].items()
+    )
     console.print(f"cells   {states}")
     table = Table()
     for column in ("cell", "state", "trials", "best so far", "used"):
         table.add_column(column, overflow="fold")
     for row in found["cells"]:
-        if row["state"] == "missing":
+        if row["state"] == NOT_BEGUN:
             continue
         numbers = row["trials"]
         table.add_row(

@@ -12,9 +12,9 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from infra.driver import Driver, driver_of
 from infra.errors import UserError
@@ -27,22 +27,42 @@ FILE = "stop"
 
 @contextmanager
 def stoppable(folder: Path) -> Iterator[None]:
-    """End this process as SIGTERM would when a file `stop` appears in the run directory."""
+    """End this process as SIGTERM would when a file `stop` appears in the run directory.
+
+    The KeyboardInterrupt that ends it says what asked for it; see `cause_of`.
+    """
     file, done = folder / FILE, threading.Event()
     file.unlink(missing_ok=True)  # it meant an earlier driver
 
     def look() -> None:
         while not done.wait(LOOK_S):
             if file.exists():
-                file.unlink(missing_ok=True)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
+    def told(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        raise KeyboardInterrupt("stop" if file.exists() else "SIGTERM")
+
     threading.Thread(target=look, name="stop", daemon=True).start()
+    has_signals = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+    if has_signals:
+        signal.signal(signal.SIGTERM, told)
     try:
         yield
     finally:
         done.set()
+        if signal.getsignal(signal.SIGTERM) is told:
+            signal.signal(signal.SIGTERM, before)
+        file.unlink(missing_ok=True)
+
+
+def cause_of(error: BaseException) -> dict[str, str]:
+    """What the event of a run that ends early says: `stop`, SIGTERM, SIGINT, or the error."""
+    if isinstance(error, KeyboardInterrupt):  # Ctrl-C's says nothing
+        return {"cause": str(error) or "SIGINT", "reason": ""}
+    return {"cause": type(error).__name__, "reason": str(error)}
 
 
 def stop(folder: Path) -> dict[str, Any]:
@@ -59,6 +79,8 @@ def stop(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is a cell of {above}, whose driver works on all: stop {above}")
     told = False
     if driver.is_here:
+        with suppress(OSError):  # of a folder that may not be written: the signal is enough
+            (folder / FILE).touch()  # says who has sent it
         try:
             os.kill(driver.pid, signal.SIGTERM)
             told = True

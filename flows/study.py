@@ -22,7 +22,7 @@ from flows.dispatch_loop import FAIR
 from flows.leaderboard import STUDY, Leaderboard
 from flows.overview import Overview
 from flows.report import working_time
-from flows.stop import stoppable
+from flows.stop import cause_of, stoppable
 from infra import tracking
 from infra.cluster import connect
 from infra.specs import ClusterSpec, CompareSpec
@@ -58,11 +58,13 @@ def study(spec: StudySpec, *, as_json: bool = False, connect: Connect = connect)
         board = Leaderboard(store, cells)
         writer = _Writer(store, board)
         overview = Overview(cells, writer.ended, writer.going, as_json=as_json)
+        overview.say(f"{len(cells)} cells: their files are read, and their sources looked up")
         runs = CellRuns(cells, overview.view_of)
         overview.entries = runs.entries
         spent = ""
         try:
             if runs.todo:
+                overview.say(f"{len(runs.todo)} cells to do: Ray starts, then their models load")
                 with overview.shown():
                     spent = runs.drive(
                         ClusterSpec(
@@ -75,7 +77,7 @@ def study(spec: StudySpec, *, as_json: bool = False, connect: Connect = connect)
                         connect=connect,
                     )
         except BaseException as error:
-            store.event("stopped", cause=type(error).__name__, reason=str(error))
+            store.event("stopped", **cause_of(error))
             board.write()
             raise
         if spent:

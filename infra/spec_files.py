@@ -28,13 +28,22 @@ def load_spec(
     """
     path = Path(path)
     raw = read_toml(path)
-    if "cells" in raw or "study" in raw:
+    if _is_study(raw):
         raise UserError(f"{path} is a study file: sparseramp study {path}")
     apply_overrides(raw, overrides or [])
     run = raw.setdefault("run", {})
     if isinstance(run, dict) and not run.get("dir"):
         run["dir"] = f"runs/{path.stem}{run_suffix}"
     return parse_spec(raw, str(path))
+
+
+def is_study(path: str | Path) -> bool:
+    """Whether a file is that of a study; raises UserError where it cannot be read."""
+    return _is_study(read_toml(Path(path)))
+
+
+def _is_study(raw: dict[str, Any]) -> bool:
+    return "cells" in raw or "study" in raw
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Group(Frozen):
     name: str = ""
     spec: Spec
     priority: float = 1.0
+    where: str = ""  # for messages
 
 
 class StudySpec(Frozen):
@@ -91,11 +92,11 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> StudySpe
         dir=file.study.dir or f"runs/{path.stem}",
         parallel=file.study.parallel,
         budget=file.budget,
-        groups=[_group(cells, path) for cells in file.cells],
+        groups=[_group(cells, path, number) for number, cells in enumerate(file.cells, 1)],
     )
 
 
-def _group(cells: _Cells, study: Path) -> Group:
+def _group(cells: _Cells, study: Path, number: int) -> Group:
     path = study.parent / cells.spec
     path = path if path.exists() else Path(cells.spec)
     if not path.exists():
@@ -118,4 +119,5 @@ def _group(cells: _Cells, study: Path) -> Group:
         name=cells.name,
         spec=spec.model_copy(update={"compare": CompareSpec(**kept)}),
         priority=cells.priority,
+        where=f"{path}, group {number} of {study}",
     )

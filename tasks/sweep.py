@@ -33,7 +33,8 @@ from tasks.errors import ErrorCurve
 from tasks.gradients import matrix_gradients
 from tasks.lockstep import Lockstep, Pass, Run, pause
 from tasks.meter import Meter, identity
-from tasks.pruning import METHODS, method_named, prune_in_place, remove_in_place
+from tasks.methods import check_pattern, method_named
+from tasks.pruning import prune_in_place, remove_in_place
 from tasks.pruning.inputs import InputStatistics
 from tasks.pruning.patterns import STRUCTURED, UNSTRUCTURED, budgets, settled
 from tasks.structure import UnitBudget, unit_budgets
@@ -142,12 +143,7 @@ class _Sweep:
         self._touched: set[int] = set()
 
     def _plan_removals(self, rates: Sequence[float]) -> None:
-        if method_named(self.method).units is None:
-            able = ", ".join(name for name, method in METHODS.items() if method.units)
-            raise UserError(
-                f"prune.method={self.method} removes no whole channels: prune.pattern=structured "
-                f"is for {able}"
-            )
+        check_pattern(self.method, STRUCTURED)
         self.needs |= {"gram"}  # what stays makes up for what goes
         budgets = [each for block in unit_budgets(self.modality, rates) for each in block]
         self.removals = {each.units.consumer: each for each in budgets}

@@ -29,6 +29,7 @@ from infra.records import (
 )
 from infra.specs import ModelSpec
 from tasks.allocation import block_rates, check_rates, measure_rates, plan_of, tilt_of
+from tasks.methods import method_named
 
 if TYPE_CHECKING:
     import torch
@@ -134,21 +135,12 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     )
 
 
-def check_names(methods: Sequence[str]) -> None:
-    """Raise UserError at a name that no pruning method has."""
-    from tasks.pruning import method_named
-
-    for name in methods:
-        method_named(name)
-
-
 def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> ModelRecord:
     """Load the model and the text of some trials, and say what the model is made of.
 
     Raises UserError where a trial could not run, and RuntimeError where the dense loss of a sweep
     differs from a plain loop's in a single bit.
     """
-    from tasks.pruning import method_named
     from tasks.sweep import refuse_unfit
     from tasks.zero_shot import check_tasks
 

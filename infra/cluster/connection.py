@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -185,13 +185,19 @@ class Cluster:
             self.stop_workers()
             self._pool = pool
 
-    def fetch(self, result: TrialResult, destination: Path) -> None:
+    def fetch(
+        self,
+        result: TrialResult,
+        destination: Path,
+        writing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         """Bring a trial's checkpoint from the node that made it, verified, to `destination`.
 
-        What was there is replaced. Raises LostCheckpointError where the node or the folder is gone
-        or a file is not what its SHA-256 says, and OSError where `destination` cannot be written.
+        What was there is replaced. `writing` is entered around each write, and may raise; it may be
+        called in a thread. Raises LostCheckpointError where the node or the folder is gone or a
+        file is not what its SHA-256 says, and OSError where `destination` cannot be written.
         """
-        fetch(result, destination)
+        fetch(result, destination, writing)
 
     def stop_workers(self) -> None:
         """Stop every worker, whatever it is doing; the next trial starts new ones."""

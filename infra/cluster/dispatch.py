@@ -29,9 +29,12 @@ BACKOFF_S = 0.5
 POLL_S = 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Job:
-    """A trial, what it needs, and after how long it counts as hung (0: see deadlines.py)."""
+    """A trial, what it needs, and after how long it counts as hung (0: see deadlines.py).
+
+    Another share, given to it while it waits for a worker, is what it waits for from then on.
+    """
 
     spec: TrialSpec
     share: Share
@@ -47,6 +50,7 @@ class Trial:
     """A trial on its way through its dispatches."""
 
     job: Job
+    share: Share  # of the worker that it has or waits for
     attempts: int = 0
     lost: int = 0
     batch_divisor: int = 1
@@ -63,7 +67,7 @@ class Trial:
 
     def ended(self, result: TrialResult) -> TrialResult:
         """Its result, with what the driver knows of it."""
-        share = self.job.share
+        share = self.share
         held = {"held_s": self.held_s, "gpus": share.gpus, "cpus": share.cpus}
         cost = result.cost.model_copy(update=held)
         return result.model_copy(update={"attempts": self.attempts, "cost": cost})
@@ -81,15 +85,17 @@ def dispatch(pool: Pool, function: TrialFunction, source: Source) -> Iterator[Tr
     pool.drop_dead_workers()
     try:
         while True:
+            for trial in waiting:
+                _move(pool, trial)
             for trial, cause in _hopeless(pool, waiting, too_large):
                 waiting.remove(trial)
                 if not trial.alone:
-                    pool.give_up(trial.job.share)
+                    pool.give_up(trial.share)
                 yield trial.ended(failed(trial.job.spec, cause))
             _send(pool, function, waiting, busy)
             pool.release()
             while len(waiting) + len(busy) < pool.limit and (job := source(pool)):
-                waiting.append(Trial(job))
+                waiting.append(Trial(job, job.share))
                 pool.claim(job.share)
             pool.provide()
             _send(pool, function, waiting, busy)
@@ -107,7 +113,7 @@ def dispatch(pool: Pool, function: TrialFunction, source: Source) -> Iterator[Tr
                 if result is None:
                     waiting.appendleft(trial)
                     if not trial.alone:
-                        pool.claim(trial.job.share)
+                        pool.claim(trial.share)
                 else:
                     if result.state == "complete":
                         deadlines.note(trial.kind, pool.machines.now() - trial.sent_at)
@@ -118,13 +124,22 @@ def dispatch(pool: Pool, function: TrialFunction, source: Source) -> Iterator[Tr
         pool.forget_claims()
 
 
+def _move(pool: Pool, trial: Trial) -> None:
+    """Let a trial wait for the share that its job was given since."""
+    if trial.share != trial.job.share:
+        if not trial.alone:
+            pool.give_up(trial.share)
+            pool.claim(trial.job.share)
+        trial.share = trial.job.share
+
+
 def _hopeless(
     pool: Pool, waiting: deque[Trial], too_large: dict[str, str]
 ) -> list[tuple[Trial, str]]:
     """Trials that wait in vain, and why: for memory that no node has, or for a lost node."""
     found = []
     for trial in waiting:
-        share = trial.job.share
+        share = trial.share
         if trial.alone and trial.kind in too_large:
             found.append((trial, too_large[trial.kind]))
         elif pool.unheld_s(share) >= pool.patience_s:
@@ -137,7 +152,7 @@ def _send(pool: Pool, function: TrialFunction, waiting: deque[Trial], busy: Busy
     now = pool.machines.now()
     for trial in [trial for trial in waiting if trial.not_before <= now]:
         take = pool.take_alone if trial.alone else pool.take
-        slot = take(trial.job.share, trial.job.spec.model)
+        slot = take(trial.share, trial.job.spec.model)
         if slot is None:
             continue
         waiting.remove(trial)

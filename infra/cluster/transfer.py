@@ -1,11 +1,15 @@
 """Checkpoints travel to the driver: renamed on its own node, pulled in pieces from another.
 
-fetch(result, Path("runs/quickstart/best"))
+fetch(result, Path("runs/quickstart/best"), nullcontext)
+
+It may take long, so it is written to be run in a thread: `writing` is entered around each write.
 """
 
 import contextlib
+import errno
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +22,36 @@ from infra.cluster.worker import first_line, read_chunk, remove_folder
 from infra.records import TrialResult
 from infra.sources import sha256_of
 
+Writing = Callable[[], contextlib.AbstractContextManager[None]]
+
 
 class LostCheckpointError(OSError):
     """A checkpoint is gone or damaged where it was made: only its trial can make it again."""
 
 
-def fetch(result: TrialResult, destination: Path) -> None:
+def fetch(result: TrialResult, destination: Path, writing: Writing) -> None:
     """Bring a checkpoint to `destination`; see `Cluster.fetch`."""
     partial = destination.with_name(f".{destination.name}.partial")
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    with writing():
+        destination.parent.mkdir(parents=True, exist_ok=True)
     own = ray.get_runtime_context().get_node_id()
     node = _node_now(result, own)
     if not damaged(result, partial):  # its driver was killed before it could rename it
         hashes = result.checkpoint_sha256
     else:
-        hashes = _bring(result, node, own, partial)
+        hashes = _bring(result, node, own, partial, writing)
     for name, sha256 in result.checkpoint_sha256.items():
         if hashes[name] != sha256:
             raise LostCheckpointError(
                 f"{result.checkpoint}/{name} on {result.host} is not the file that was saved"
             )
     replaced = destination.with_name(f".{destination.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if destination.exists():
-        destination.rename(replaced)
-    partial.rename(destination)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with writing():
+        shutil.rmtree(replaced, ignore_errors=True)
+        if destination.exists():
+            destination.rename(replaced)
+        partial.rename(destination)
+        shutil.rmtree(replaced, ignore_errors=True)
     if node != own:
         with contextlib.suppress(RayError):  # the node has gone, and with it the folder
             ray.get(_on_node(node, remove_folder).remote(result.checkpoint))
@@ -57,13 +65,20 @@ def damaged(result: TrialResult, folder: Path) -> str:
     return ""
 
 
-def _bring(result: TrialResult, node: str, own: str, partial: Path) -> dict[str, str]:
+def _bring(
+    result: TrialResult, node: str, own: str, partial: Path, writing: Writing
+) -> dict[str, str]:
     """Move or copy a checkpoint to `partial`; returns the SHA-256 of what arrived."""
-    shutil.rmtree(partial, ignore_errors=True)
+    with writing():
+        shutil.rmtree(partial, ignore_errors=True)
     try:
         if node != own:
-            return _pull(result, node, partial)
-        shutil.move(result.checkpoint, partial)
+            read = _on_node(node, read_chunk)
+            return _copy(result, lambda *at: ray.get(read.remote(*at)), partial, writing)
+        if not _moved(result.checkpoint, partial, writing):
+            hashes = _copy(result, read_chunk, partial, writing)
+            shutil.rmtree(result.checkpoint, ignore_errors=True)
+            return hashes
         return {name: sha256_of(partial / name) for name in result.checkpoint_sha256}
     except (RayError, FileNotFoundError) as error:
         reason = first_line(getattr(error, "cause", error))
@@ -71,7 +86,8 @@ def _bring(result: TrialResult, node: str, own: str, partial: Path) -> dict[str,
             f"{result.checkpoint} on {result.host} is out of reach: {reason}"
         ) from error
     except OSError:  # the disk of the run is full: what is there of the copy fills it
-        shutil.rmtree(partial, ignore_errors=True)
+        with writing():
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
@@ -84,16 +100,33 @@ def _node_now(result: TrialResult, own: str) -> str:
     return own if own in same else (same or [result.node])[0]
 
 
-def _pull(result: TrialResult, node: str, folder: Path) -> dict[str, str]:
-    """Copy the files of a checkpoint from its node; returns the SHA-256 of what arrived."""
-    read = _on_node(node, read_chunk)
+def _moved(source: str, partial: Path, writing: Writing) -> bool:
+    """Rename a folder; False where it is on another file system."""
+    try:
+        with writing():
+            Path(source).rename(partial)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    return True
+
+
+def _copy(
+    result: TrialResult, read: Callable[[str, int], bytes], folder: Path, writing: Writing
+) -> dict[str, str]:
+    """Copy the files of a checkpoint in pieces; returns the SHA-256 of what arrived."""
     hashes = {}
     for name in result.checkpoint_sha256:
         digest, offset = hashlib.sha256(), 0
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        with (folder / name).open("wb") as file:
-            while chunk := ray.get(read.remote(str(Path(result.checkpoint, name)), offset)):
-                file.write(chunk)
+        with writing():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        with (folder / name).open("r+b") as file:
+            while chunk := read(str(Path(result.checkpoint, name)), offset):
+                with writing():
+                    file.write(chunk)
+                    file.flush()
                 digest.update(chunk)
                 offset += len(chunk)
         hashes[name] = digest.hexdigest()

@@ -5,76 +5,23 @@
 
 `weight` is out x in, `inputs` tokens x in. A method is one function of a weight, of what was
 measured of its inputs, and of a budget of zeros; adding one is that function plus a line in
-METHODS. Read on: inputs.py, patterns.py, then one file per kind of method.
+tasks/methods.py. Read on: inputs.py, patterns.py, then one file per kind of method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-from infra.errors import UserError, nearest
-from tasks.pruning.alps import alps
-from tasks.pruning.dsnot import dsnot
+from infra.errors import UserError
+from tasks.methods import METHODS, method_named
 from tasks.pruning.inputs import InputStatistics
 from tasks.pruning.patterns import Budget, parse_pattern
-from tasks.pruning.scores import magnitude, pruner_zero, taylor, wanda
-from tasks.pruning.sparsegpt import published_zeros, sparsegpt
-from tasks.pruning.structured import (
-    Choose,
-    magnitude_units,
-    obs_units,
-    remove_units,
-    taylor_units,
-    wanda_units,
-)
+from tasks.pruning.structured import remove_units
 
-
-def _per_row(out: int, in_: int, rate: float) -> int:
-    return out * int(in_ * rate)
-
-
-def _and_one(out: int, in_: int, rate: float) -> int:
-    """The published threshold takes one more; never all, and none where nothing is asked for."""
-    return min(out * in_ - 1, int(out * in_ * rate) + 1) if rate else 0
-
-
-@dataclass(frozen=True)
-class Method:
-    """`prune(weight, inputs, budget)` gets a float32 weight, which it leaves as it is, and gives a
-    mask of the weights that go or, where the others change as well, the new weights.
-
-    `needs` names what InputStatistics must measure: any of norms, moments, gram and gradient.
-    `published_zeros` is the count that the published rule gives for (out, in, rate). `units`
-    chooses among whole groups of columns, for prune.pattern=structured.
-    """
-
-    prune: Callable[[Tensor, InputStatistics, Budget], Tensor]
-    needs: Collection[str] = ()
-    published_zeros: Callable[[int, int, float], int] = _per_row
-    units: Choose | None = None
-
-
-METHODS: dict[str, Method] = {
-    "magnitude": Method(magnitude, (), _and_one, magnitude_units),
-    "wanda": Method(wanda, ("norms",), units=wanda_units),
-    "taylor": Method(taylor, ("gradient",), units=taylor_units),
-    "pruner-zero": Method(pruner_zero, ("gradient",)),
-    "dsnot": Method(dsnot, ("norms", "moments")),
-    "sparsegpt": Method(sparsegpt, ("gram",), published_zeros, obs_units),
-    "alps": Method(alps, ("gram",), lambda out, in_, s: int(out * in_ * s)),
-}
-
-
-def method_named(name: str) -> Method:
-    """Look a method up; raises UserError with the nearest known name."""
-    if name not in METHODS:
-        raise UserError(f"unknown prune.method={name!r}: {nearest(name, METHODS)}")
-    return METHODS[name]
+__all__ = ["METHODS", "method_named", "prune_in_place", "prune_weight", "remove_in_place"]
 
 
 @torch.no_grad()

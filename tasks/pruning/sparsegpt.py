@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tasks.methods import PANEL
 from tasks.pruning.inputs import InputStatistics, hessian
 from tasks.pruning.patterns import Budget, smallest_per_group, smallest_per_row
 
-PANEL = 128  # columns whose zeros are chosen together, as published
 _NARROW = 16  # columns that are updated one by one; the others wait for a matrix product
 
 
@@ -76,9 +76,3 @@ def inverse_factor(inputs: InputStatistics) -> Tensor:
     identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
     inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
     return inverse.flip(0, 1)
-
-
-def published_zeros(out: int, in_: int, rate: float) -> int:
-    """One more than rate * n, rounded down, in every panel of n weights; never all of them."""
-    panels = (out * min(PANEL, in_ - start) for start in range(0, in_, PANEL))
-    return min(out * in_ - 1, sum(min(n, int(n * rate) + 1) for n in panels)) if rate else 0

@@ -8,14 +8,12 @@ left has a closed form: the least squares over the inputs that stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from tasks.methods import Choose
 from tasks.pruning.inputs import InputStatistics, hessian
 
-Choose = Callable[[Tensor, InputStatistics, int, int], Tensor]
 _ROUNDS = 16  # in which obs_units takes its units; after each one, what it did is made up for
 
 

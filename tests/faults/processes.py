@@ -162,13 +162,20 @@ class Processes:
             raise UserError(f"{function.__name__} failed: {answer[2]}")
         return answer[1]
 
-    def fetch(self, result: TrialResult, destination: Path) -> None:
+    def fetch(
+        self,
+        result: TrialResult,
+        destination: Path,
+        writing: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
         partial = destination.with_name(f".{destination.name}.partial")
         if damaged(result, partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.move(result.checkpoint, partial)
+            with writing():
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.move(result.checkpoint, partial)
             assert not damaged(result, partial)
-        partial.rename(destination)
+        with writing():
+            partial.rename(destination)
 
     def stop_workers(self) -> None:
         self.pool.stop_all()

@@ -3,14 +3,13 @@
 python -m pytest tests/flows/test_cell_runs.py
 """
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows.study import study
-from infra.cluster import Share
+from infra.errors import UserError
 from infra.store import RunStore
 from infra.study_files import load_study
 from tests.faults import processes
@@ -65,35 +64,37 @@ def test_two_groups_on_one_model_read_each_its_own_text(tmp_path: Path, starts: 
         assert models[0].data_sha256[split] != models[1].data_sha256[split]
 
 
-GROWS = """
+MISTAKES = """
 [study]
 dir = "{dir}"
 [[cells]]
 spec = "tiny.toml"
-methods = ["wandaa", "magnitude"]
-allocations = ["uniform"]
-overrides = {{ "evaluation.calibration_seeds" = 1, "cluster.grows" = true }}
+[[cells]]
+spec = "tiny.toml"
+name = "second"
+{list} = ["{name}", "{right}"]
 """
 
 
-class Growing(processes.Processes):
-    """One that has no node yet: whoever waits for a worker outside the loop, waits for ever."""
-
-    def holds(self, share: Share) -> bool:
-        return False
-
-    def call(self, function: Any, *args: object, share: Share | None = None) -> Any:
-        raise AssertionError("no node will ever come")
-
-
-@pytest.mark.timeout(300)
-def test_names_are_not_asked_of_a_node_that_is_still_to_come(tmp_path: Path) -> None:
-    """A cell whose method is misspelt is then refused by whoever describes its model."""
+@pytest.mark.parametrize(
+    ("list_", "name", "right"), [("methods", "wandaa", "wanda"), ("allocations", "owll", "owl")]
+)
+def test_a_misspelt_name_is_refused_before_anything_starts(
+    tmp_path: Path, list_: str, name: str, right: str
+) -> None:
+    """Named with its group and files: no cluster is asked, and nothing is written."""
     write_project(tmp_path)
-    (tmp_path / "s.toml").write_text(GROWS.format(dir=tmp_path / "study"))
-    connect: Any = lambda spec: nullcontext(Growing(spec))  # noqa: E731
-    board = study(load_study(tmp_path / "s.toml"), connect=connect)
-    rows = {row["method"]: row for row in board["rows"]}
-    assert rows["magnitude"]["state"] == "complete"
-    assert rows["wandaa"]["state"] == "refused"
-    assert rows["wandaa"]["cause"].endswith("did you mean 'wanda'?")
+    text = MISTAKES.format(dir=tmp_path / "study", list=list_, name=name, right=right)
+    (tmp_path / "s.toml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        study(load_study(tmp_path / "s.toml"), connect=never)
+    assert str(caught.value).endswith(
+        f"{name!r}: did you mean {right!r}? "
+        f"({tmp_path / 'tiny.toml'}, group 2 of {tmp_path / 's.toml'})"
+    )
+    assert not (tmp_path / "study").exists()
+
+
+def never(spec: Any) -> Any:
+    """In place of a cluster."""
+    raise AssertionError("a cluster was started")

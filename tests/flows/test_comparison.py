@@ -66,7 +66,7 @@ def test_what_other_lists_have_finished_stays(
         found = write_comparison(copy)
     assert {row["cell"]: (row["asked"], row["state"]) for row in found["rows"]} == {
         name("magnitude", "uniform"): (True, "complete"),
-        name("magnitude", "als"): (True, "missing"),
+        name("magnitude", "als"): (True, "not begun"),
         name("magnitude", "arithmetic"): (False, "complete"),
         name("sparsegpt", "arithmetic"): (False, "complete"),
         name("sparsegpt", "uniform"): (False, "complete"),

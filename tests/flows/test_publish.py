@@ -15,6 +15,7 @@ import pytest
 
 from flows.descriptions import Descriptions
 from flows.dispatch_loop import Entry, drive
+from flows.fetching import Writing
 from flows.live import live
 from flows.search import Run
 from infra.cluster import LostCheckpointError
@@ -40,10 +41,11 @@ class Nodes(VirtualCluster):
     def trials(self) -> int:
         return len(self.machines.log)
 
-    def fetch(self, result: TrialResult, destination: Path) -> None:
+    def fetch(self, result: TrialResult, destination: Path, writing: Writing) -> None:
         if error := self.fetches.pop(0):
             raise error
-        destination.mkdir()
+        with writing():
+            destination.mkdir()
 
 
 class Publishing(Run):

@@ -93,6 +93,9 @@ def finished(project: Path, cache: Path) -> tuple[Path, list[dict[str, Any]]]:
     assert {row["state"] for row in board["rows"]} == {"stopped"}
     assert sum(row["trials"] for row in board["rows"]) == 3
     assert all(row["cause"] == board["spent"] for row in board["rows"])
+    said = run("status", project / "study", cache=cache).stdout
+    assert "cells   3 stopped by the budget\n" in said
+    assert said.count("stopped: budget: all 3 trials are begun") == 3
     kept = trial_files(project / "study")
     done = run("study", project / "study.toml", "--json", cache=cache)
     assert done.returncode == 0, done.stderr
@@ -165,7 +168,10 @@ def test_a_finished_cell_is_not_touched_when_another_is_added(
     large += 'name = "large"\noverrides = {"cluster.cpus_per_trial" = 4000}\n'
     (project / "more.toml").write_text(text + more + large)
     done = run("study", project / "more.toml", "--json", cache=cache)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"sparseramp: 1 of 5 cells have no result (1 refused): {folder}/leaderboard.html says why"
+    )
     rows = {row["cell"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
     assert rows["vit_magnitude_uniform_0.5"]["state"] == "complete"
     refused = rows["large-vit_wanda_uniform_0.5"]
@@ -222,6 +228,7 @@ def test_stop_from_another_terminal(
     assert process.returncode == 130
     assert errors == "sparseramp: stopped; the same command goes on where it left off\n"
     assert not (folder / "stop").exists()
+    assert RunStore.read(folder).events()[-1]["cause"] == "stop"
     assert json.loads(run("status", folder, "--json", cache=cache).stdout)["driver"] is None
 
 

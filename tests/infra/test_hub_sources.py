@@ -12,7 +12,8 @@ import pytest
 from huggingface_hub import constants
 
 from infra.errors import UserError
-from infra.sources import _from_hub, fetch, pinned
+from infra.hub import from_hub, listing_of
+from infra.sources import fetch, pinned
 from tests.infra.served import COMMIT, Server, names, serving
 
 
@@ -21,9 +22,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A hub without repositories and an empty cache."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    _from_hub.cache_clear()
+    forget()
     with serving(tmp_path, monkeypatch) as server:
         yield server
+
+
+def forget() -> None:
+    """As a process that has just begun."""
+    from_hub.cache_clear()
+    listing_of.cache_clear()
 
 
 def put_repository(server: Server, api: str, name: str, files: dict[str, bytes]) -> None:
@@ -76,7 +83,7 @@ def test_a_model_of_the_hub_is_cached_and_pinned(hub: Server) -> None:
     assert hub.asked == []
     hub.shutdown()
     hub.server_close()
-    _from_hub.cache_clear()
+    forget()
     assert fetch("org/tiny@v2") == folder == fetch(source)
 
 

@@ -1,0 +1,75 @@
+"""What is said of cells that have no result, and the exit code that goes with it.
+
+python -m pytest tests/flows/test_status.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import study as flow
+from flows.cells import study_cells
+from flows.cli import _parser
+from flows.leaderboard import STUDY, write_leaderboard
+from flows.status import print_status, status
+from infra.specs import RunSpec
+from infra.store import RunStore
+from infra.study_files import load_study
+from tests.flows.commands import write_project
+
+SPENT = "budget: all 3 trials are begun"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A study of three cells, the first of which is refused, the second stopped."""
+    write_project(tmp_path)
+    text = '[[cells]]\nspec = "tiny.toml"\nmethods = ["wanda", "magnitude", "sparsegpt"]\n'
+    (tmp_path / "s.toml").write_text(f'[study]\ndir = "{tmp_path / "study"}"\n{text}')
+    spec = load_study(tmp_path / "s.toml")
+    refused, stopped, _ = cells = study_cells(spec)
+    own = cells[0].spec.model_copy(update={"run": RunSpec(dir=spec.dir)})
+    with RunStore.open(own, "study") as store:
+        store.path(STUDY).write_text(spec.model_dump_json())
+    with RunStore.open(refused.spec) as store:
+        store.event("stopped", cause="UserError", reason="no room")
+    with RunStore.open(stopped.spec) as store:
+        store.event("stopped", cause="BudgetSpent", reason=SPENT)
+    return tmp_path / "study"
+
+
+def states_of(folder: Path) -> list[tuple[str, str]]:
+    return [(row["state"], row["cause"]) for row in status(folder)["cells"]]
+
+
+def test_a_cell_that_never_began_is_told_from_one_that_the_budget_stopped(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = [("refused", "no room"), ("stopped", SPENT)]
+    assert states_of(folder) == [*first, ("not begun", "the same command goes on")]
+    print_status(status(folder))
+    assert "cells   1 refused, 1 stopped by the budget, 1 not begun\n" in capsys.readouterr().out
+    own = RunStore.read(folder).spec
+    with RunStore.open(own, "study") as store:
+        store.event("stopped", cause="BudgetSpent", reason=SPENT)
+        assert states_of(folder)[2][0] == "not begun"  # a driver is at work
+    assert states_of(folder) == [*first, ("stopped", SPENT)]
+    print_status(status(folder))
+    assert "cells   1 refused, 2 stopped by the budget\n" in capsys.readouterr().out
+
+
+def test_a_study_with_refused_cells_ends_with_1_and_a_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = write_leaderboard(folder)
+    board["rows"] = [row for row in board["rows"] if row["state"] != "not begun"]
+    monkeypatch.setattr(flow, "study", lambda spec, **_: board)
+    options: Any = _parser().parse_args(["study", str(folder.parent / "s.toml"), "--json"])
+    assert options.command(options) == 1
+    assert capsys.readouterr().err == (
+        f"sparseramp: 1 of 2 cells have no result (1 refused): {folder}/leaderboard.html says why\n"
+    )
+    board["rows"] = [row for row in board["rows"] if row["state"] == "stopped"]
+    assert options.command(options) == 0  # it was asked to stop there
+    assert capsys.readouterr().err == ""
