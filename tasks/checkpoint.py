@@ -23,8 +23,6 @@ from safetensors import SafetensorError
 from infra.errors import UserError
 from infra.records import TrialSpec
 from infra.sources import cache_dir, sha256_of
-from infra.structure import condense
-from tasks.structure import load_smaller, shrink_model, structure_of
 
 if TYPE_CHECKING:
     from modalities.base import Batch, LoadedModality
@@ -91,6 +89,9 @@ def save_checkpoint(
 def _make_smaller(modality: LoadedModality, folder: Path, outcome: Outcome, batch: Batch) -> None:
     """Leave out what was removed; the smaller model is the masked one up to rounding."""
     import torch
+
+    from infra.structure import condense
+    from tasks.structure import load_smaller, shrink_model, structure_of
 
     structure = structure_of(modality, outcome.removed)
     masked = modality.reopen(folder)

@@ -57,7 +57,7 @@ def unit_counts(
         for place, (size, count) in enumerate(kinds[:-1]):
             exact = rate * count + carried.get(place, 0.0)
             counts.append(min(count - 1, max(0, math.floor(exact + 0.5))))
-            carried[place] = exact - counts[-1]
+            carried[place] = max(-0.5, min(0.5, exact - counts[-1]))  # no more than rounding
             wanted -= counts[-1] * size
         size, count = kinds[-1]
         counts.append(min(count - 1, max(0, math.floor(wanted / size + 0.5))))
