@@ -28,7 +28,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 # Imported by the driver or by anything that only reads a run: a second of torch would be felt.
 TORCH_FREE = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("flows", "infra")]
-NEEDS_TORCH = {"infra/weights.py"}  # worker processes only
+NEEDS_TORCH = {"infra/structure.py", "infra/weights.py"}  # worker processes only
 
 
 def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
