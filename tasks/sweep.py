@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from infra.bits import ROUNDING, bits_of
 from infra.errors import UserError
 from infra.records import BlockError, MatrixRecord
 from modalities.base import Batch, Measured, Modality
@@ -33,6 +34,7 @@ from tasks.gradients import matrix_gradients
 from tasks.lockstep import Lockstep, Pass, Run, pause
 from tasks.meter import Meter, identity
 from tasks.pruning import method_named, prune_in_place
+from tasks.pruning.grids import Grid, widths_per_matrix
 from tasks.pruning.inputs import InputStatistics
 from tasks.pruning.patterns import UNSTRUCTURED, budgets, settled
 
@@ -47,6 +49,7 @@ class Outcome:
     fallbacks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     errors: list[BlockError] = field(default_factory=list)
+    grids: dict[Matrix, Grid] = field(default_factory=dict)  # of rounded matrices that are kept
     token_passes: int = 0
 
     @property
@@ -74,6 +77,7 @@ def sweep(
     *,
     method: str,
     pattern: str = UNSTRUCTURED,
+    bits: float = 0,
     pause_at: Literal["block", "linear"],
     calibration: Sequence[Batch],
     evaluation: Sequence[Batch],
@@ -83,20 +87,29 @@ def sweep(
     """Prune the matrices at one rate each, as modality.matrices() orders them, and evaluate.
 
     `pattern` is unstructured, N:M for N of every M kept, or N:8 for one N per block by its rate.
+    What stays of a matrix is rounded to `bits` per weight; rtn and gptq, which remove nothing, take
+    them from the rates (infra.bits.bits_of) wherever bits are given.
     `dense` lets a dense copy of the evaluation ride along, for its losses and the error of every
     block. `keep` leaves the pruned weights in the model; otherwise each block is dense again as
     soon as all batches have passed it. Raises RuntimeError where the result is not what was asked
-    for: a wrong number of zeros, something changed that is not prunable, a loss that is not finite.
+    for: a wrong number of zeros or bits, something changed that is not prunable, a loss that is not
+    finite.
     """
-    made = _Sweep(modality, rates, method, pattern, pause_at, keep)
+    made = _Sweep(modality, rates, method, pattern, bits, pause_at, keep)
     return made.run(calibration, evaluation, dense)
 
 
 def refuse_unfit(
-    modality: Modality, rates: Sequence[float], *, method: str, pattern: str = UNSTRUCTURED
+    modality: Modality,
+    rates: Sequence[float],
+    *,
+    method: str,
+    pattern: str = UNSTRUCTURED,
+    bits: float = 0,
 ) -> None:
-    """Raise UserError where a sweep could not begin: a pattern that no matrix of a shape takes."""
-    _Sweep(modality, rates, method, pattern, "linear", keep=False)
+    """Raise UserError where a sweep could not begin: a pattern or bits that no matrix of a shape
+    takes."""
+    _Sweep(modality, rates, method, pattern, bits, "linear", keep=False)
 
 
 class _Sweep:
@@ -106,13 +119,16 @@ class _Sweep:
         rates: Sequence[float],
         method: str,
         pattern: str,
+        bits: float,
         pause_at: str,
         keep: bool,
     ) -> None:
         self.modality, self.method, self.pause_at, self.keep = modality, method, pause_at, keep
         self.outcome = Outcome()
         plan = modality.matrices()
-        zeros = zeros_per_matrix(rates, [m.params for m in plan])
+        only_rounds = method in ROUNDING and bits > 0
+        removed = [0.0 for _ in rates] if only_rounds else rates
+        zeros = zeros_per_matrix(removed, [m.params for m in plan])
         asked = [
             m.model_copy(update={"rate": rate, "zeros": z})
             for m, rate, z in zip(plan, rates, zeros, strict=True)
@@ -124,11 +140,19 @@ class _Sweep:
                     f"{record.rate:.6f}: choose a smaller tilt, or less sparsity"
                 )
         flat = [matrix for block in modality.blocks for matrix in block.matrices]
-        chosen = budgets(pattern, asked, [matrix.weight().shape for matrix in flat])
+        weights = [matrix.weight() for matrix in flat]
+        chosen = budgets(pattern, asked, [weight.shape for weight in weights])
+        if bits:
+            each = [bits_of(rate) if only_rounds else bits for rate in rates]
+            names = [f"{m.matrix} of block {m.block}" for m in plan]
+            widths = widths_per_matrix(each, [weight.shape for weight in weights], names)
+            grids = [Grid(w, weight.dtype) for w, weight in zip(widths, weights, strict=True)]
+            chosen = [replace(b, grid=g) for b, g in zip(chosen, grids, strict=True)]
+            self.bits = math.fsum(b * m.params for b, m in zip(each, plan, strict=True))
         self.budgets = dict(zip(flat, chosen, strict=True))
         records = iter(map(settled, asked, chosen))
         self.plan = [[(m, next(records)) for m in block.matrices] for block in modality.blocks]
-        self.pruning = any(zeros)
+        self.pruning = any(zeros) or bits > 0
         self.needs = method_named(method).needs
         self.gradients: dict[Matrix, Tensor] = {}
         self._touched: set[int] = set()
@@ -179,6 +203,10 @@ class _Sweep:
                 raise RuntimeError(f"the loss is {wrong[0]:g}: the {kind} model overflows")
         if self.pruning and len(self.outcome.matrices) != planned:
             raise RuntimeError(f"{len(self.outcome.matrices)} of {planned} matrices were reached")
+        if grids := [budget.grid for budget in self.budgets.values() if budget.grid]:
+            found, row = sum(g.bits for g in grids), max(g.row_bits for g in grids)
+            if abs(found - self.bits) > row:
+                raise RuntimeError(f"the weights take {found} bits instead of {self.bits:.0f}")
 
     def _restore(self) -> None:
         """After a failure too: the next sweep finds the dense model."""
@@ -284,7 +312,15 @@ class _Sweep:
         zeros = int(weight.numel() - weight.count_nonzero())
         if zeros < budget.zeros:
             raise RuntimeError(f"{name}: {zeros} zeros instead of {budget.zeros}")
-        self.outcome.matrices.append(record.model_copy(update={"zeros": zeros}))
+        realised = 0.0
+        if grid := budget.grid:
+            if not grid.holds(weight):
+                raise RuntimeError(f"{name}: weights that are not of {grid.asked}")
+            realised = grid.bits / weight.numel()
+            if self.keep:
+                self.outcome.grids[matrix] = grid
+        update = {"zeros": zeros, "bits": realised}
+        self.outcome.matrices.append(record.model_copy(update=update))
 
 
 def _together(runs: Sequence[Run]) -> Measured:
