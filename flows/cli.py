@@ -181,7 +181,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _show(report: dict[str, Any], run: str, as_json: bool) -> None:
     if as_json:
-        keys = ("metrics", "beta", "tilt", "sparsity")
+        keys = ("metrics", "beta", "tilt", "sparsity", "bits")
         sides = {
             name: {key: report[name][key] for key in keys if key in report[name]}
             for name in ("dense", "uniform", "best")
