@@ -100,7 +100,8 @@ class Grid:
                 largest = weight[:, start : start + GROUP].abs().amax(1)
                 losses += largest.square() * energy[start : start + GROUP].sum()
             self.widths[losses.argsort(descending=True, stable=True)[: asked.num_high]] = asked.high
-        self._most = torch.exp2(self.widths - 1.0)
+        self._least = -torch.exp2(self.widths - 1.0)
+        self._most = -self._least - 1
         smallest = torch.tensor([_SMALLEST.get(width, 0.0) for width in range(9)], device=device)
         self._step = (1 - smallest[self.widths]) / (_TRIES - 1)
 
@@ -110,7 +111,7 @@ class Grid:
         Of some scales, the one with the least squared error of the weights; what is zero has none.
         """
         low, high = columns.aminmax(dim=0)
-        far = torch.where(-low >= high, low, high) / -self._most
+        far = torch.where(-low >= high, low, high) / self._least
         best = torch.full_like(far, torch.inf)
         chosen = torch.ones_like(far)
         for place in range(_TRIES):
@@ -159,5 +160,4 @@ class Grid:
 
     def _rounded(self, columns: Tensor, scale: Tensor) -> Tensor:
         codes = (columns / scale).round_()
-        codes = torch.minimum(torch.maximum(codes, -self._most), self._most - 1)
-        return codes.mul_(scale).add_(0.0)  # no zero is negative
+        return codes.clamp_(self._least, self._most).mul_(scale).add_(0.0)  # no zero is negative
