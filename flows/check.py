@@ -229,9 +229,7 @@ def _facts(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> dict[str, 
 def _what(spec: Spec, answer: dict[str, Any]) -> dict[str, str]:
     """What is pruned how: one allocation, or the cells of a comparison and those refused."""
     if answer["cells"] == 1:
-        return {
-            "allocation": f"{spec.prune.allocation} at {100 * spec.prune.sparsity:g} % sparsity"
-        }
+        return {"allocation": f"{spec.prune.allocation} at {spec.prune.goal}"}
     causes: dict[str, list[str]] = {}
     for name, cause in answer["refused"].items():
         causes.setdefault(cause, []).append(name)

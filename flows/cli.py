@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add("evaluate", _evaluate, "checkpoint", "measure a saved checkpoint on its report split")
     add("speed", _speed, "checkpoint", "time a saved checkpoint on every engine that runs here")
     pack = add("pack", _pack, "checkpoint", "store a saved checkpoint without its zeros", False)
+    pack.add_argument("--format", choices=["packed", "compressed-tensors"], default="packed")
     pack.add_argument("destination", nargs="?", metavar="DESTINATION", help="a new folder")
     add("report", _report, "run", "make the report of a run again from its files", False)
     board = add("dashboard", _dashboard, "run", "show a run in Optuna's dashboard", False)
@@ -206,7 +207,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _show(report: dict[str, Any], run: str, as_json: bool) -> None:
     if as_json:
-        keys = ("metrics", "beta", "tilt", "sparsity")
+        keys = ("metrics", "beta", "tilt", "sparsity", "bits")
         sides = {
             name: {key: report[name][key] for key in keys if key in report[name]}
             for name in ("dense", "uniform", "best")
@@ -262,7 +263,8 @@ def _pack(options: argparse.Namespace) -> None:
     from flows.pack import pack_checkpoint
 
     destination = Path(options.destination) if options.destination else None
-    pack_checkpoint(Path(options.checkpoint), destination, as_json=options.json)
+    format_ = options.format
+    pack_checkpoint(Path(options.checkpoint), destination, format=format_, as_json=options.json)
 
 
 def _dashboard(options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from flows.comparison import NOT_BEGUN, STOPPED, Row, row_of
 from flows.figures import RUNG_COLOURS, Figure
 from flows.live import duration
 from flows.report import page
+from infra.bits import ROUNDING
 from infra.errors import UserError
 from infra.store import RunStore, write_atomic
 from infra.study_files import StudySpec
@@ -31,7 +32,18 @@ from tasks.statistics import plus_minus
 
 STUDY = "study.json"  # the study as it was read
 COLUMNS = ["cell", "model", "modality", "family", "blocks", "method", "allocation", "sparsity"]
-COLUMNS += ["realised", "state", "verdict", "cause", "headline", "dense", "uniform", "best"]
+COLUMNS += [
+    "bits",
+    "realised",
+    "realised_bits",
+    "state",
+    "verdict",
+    "cause",
+    "headline",
+    "dense",
+    "uniform",
+    "best",
+]
 COLUMNS += ["gain", "gain_stderr", "gain_low", "gain_high", "gain_unit", "beta", "tilt", "trials"]
 COLUMNS += ["used_s", "peak_memory_bytes", "priority", "report"]
 # Columns that a narrow terminal may lack, those that are kept longest first.
@@ -74,7 +86,8 @@ class Leaderboard:
         self.rows: dict[str, Row] = {}
         for cell in cells:
             row = earlier.get(cell.name, {})
-            is_new = not row or row["state"] != "complete" or row["stamp"] != _stamp(cell)
+            is_new = row.get("state") != "complete" or row["stamp"] != _stamp(cell)
+            is_new = is_new or "goal" not in row  # of an earlier version
             self.rows[cell.name] = _row(cell) if is_new else row | {"priority": cell.priority}
 
     def update(self, name: str) -> None:
@@ -172,7 +185,7 @@ def _words(row: Row) -> dict[str, str]:
     sides = {side: _headline(row, side) for side in ("dense", "uniform", "best")}
     shown = {
         "model": row["model"],
-        "sparsity": f"{100 * row['sparsity']:g} %",
+        "sparsity": row["goal"].removesuffix(" sparsity"),
         "method": row["method"],
         "allocation": row["allocation"],
         **{side: plus_minus(m["mean"], m["stderr"]) if m else "" for side, m in sides.items()},
@@ -202,7 +215,9 @@ def _plots(rows: Sequence[Row]) -> dict[str, tuple[str, Figure]]:
         inside = [row for row in gains if row["gain"]["unit"] == unit]
         for key, title in (("sparsity", "sparsity"), ("blocks", "depth, in blocks")):
             name = f"Gain over uniform against {title}"
-            plots[f"plot{len(plots)}"] = name, _gains(inside, key, title, unit)
+            shown = [r for r in inside if key == "blocks" or r["method"] not in ROUNDING]
+            if shown:
+                plots[f"plot{len(plots)}"] = name, _gains(shown, key, title, unit)
     searched = [row for row in gains if row["allocation"] == "arithmetic"]
     if searched:
         plots[f"plot{len(plots)}"] = "Best tilt by family", _tilts(searched)

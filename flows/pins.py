@@ -17,7 +17,7 @@ def refuse(spec: Spec) -> None:
     data, prune = spec.data, spec.prune
     if not data.source and not (data.calibration and data.selection and data.report):
         raise UserError(MISSING_SOURCE)
-    if prune.sparsity == 0:
+    if prune.sparsity == 0 and not prune.bits:
         raise UserError("prune.sparsity=0 prunes nothing: give the share of zeros, such as 0.6")
     allocation_named(prune.allocation)
     check_pattern(prune.method, prune.pattern)

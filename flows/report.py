@@ -96,6 +96,7 @@ def build_report(
     dense = dense_metrics_of([r for r in done if r.spec.stage == "final"], model.unit)
     report: Report = {
         "command": "search" if searched else "prune",
+        "goal": spec.prune.goal,
         "protocol": spec.search.protocol,
         "number": next(iter(bounds_of(spec.prune, model.matrices)), "beta"),
         "headline": headline(list(sides["best"]["metrics"]), objective),
@@ -169,6 +170,7 @@ def _finals(results: Sequence[TrialResult]) -> tuple[list[TrialResult], list[Tri
 def _side(side: Sequence[TrialResult], unit: str) -> dict[str, Any]:
     """Metrics over all seeds; rates and zeros of the first, which is the one that is saved."""
     first = side[0]
+    params = sum(m.params for m in first.matrices)
     return {
         "beta": first.beta,
         "tilt": first.tilt,
@@ -176,7 +178,8 @@ def _side(side: Sequence[TrialResult], unit: str) -> dict[str, Any]:
         "numbers": first.numbers,
         "label": first.spec.prune.label,
         "uniform": _is_uniform(first),
-        "sparsity": sum(m.zeros for m in first.matrices) / sum(m.params for m in first.matrices),
+        "sparsity": sum(m.zeros for m in first.matrices) / params,
+        "bits": sum(m.bits * m.params for m in first.matrices) / params,
         "metrics": metrics_of(side, unit),
         "block_rates": first.block_rates,
         "rates": [
@@ -261,8 +264,7 @@ def _conclusion(report: Report) -> str:
     dense = "dense not measured"
     if report["dense"] and metric in report["dense"]["metrics"]:
         dense = f"dense {in_words(report['dense']['metrics'][metric])}"
-    at = f"{100 * report['spec']['prune']['sparsity']:g} % sparsity"
-    beta = best["label"]
+    at, beta = report["goal"], best["label"]
     if best["allocation"] in ("uniform", "arithmetic"):
         beta = f"beta = {best['beta']:.3g}"
     if best["tilt"]:

@@ -33,6 +33,7 @@ class MatrixRecord(Frozen):
     tower: str = Field("", description="of a multimodal model, what the block is a part of")
     rate: float = 0.0
     zeros: int = 0
+    bits: float = Field(0.0, description="per weight, scales counted; 0: it was not rounded")
 
 
 class ModelRecord(Frozen):

@@ -14,6 +14,8 @@ from pydantic import (
     model_validator,
 )
 
+from infra.bits import in_words, with_rate
+
 
 class Frozen(BaseModel):
     """A spec or record that does not change after it was made."""
@@ -114,7 +116,7 @@ class EvaluationSpec(Frozen):
 
 
 class PruneSpec(Frozen):
-    """What is removed from every matrix."""
+    """What is removed from every matrix: weights, bits of weights, or both."""
 
     sparsity: float = Field(0.6, ge=0, lt=1, description="mean share of zeros")
     method: str = "wanda"
@@ -125,6 +127,13 @@ class PruneSpec(Frozen):
     )
     allocation: str = Field("arithmetic", description="a name, or a file of rates: rates.json")
     beta: float = Field(0.0, description="common difference for `prune`; `search` finds it")
+    bits: float = Field(
+        0,
+        ge=0,
+        le=9,
+        description="mean bits per weight, scales counted; 0: not rounded. rtn and gptq spread "
+        "them by the rates; with another method, every matrix has as many",
+    )
     parameters: dict[str, float] = Field(
         {},
         description="numbers of other allocations, such as {lambda = 0.08}; what is not given has "
@@ -140,6 +149,11 @@ class PruneSpec(Frozen):
         return self.allocation == "uniform" or (self.allocation == "arithmetic" and not self.beta)
 
     @property
+    def goal(self) -> str:
+        """What is asked, in words: 60 % sparsity; 3 bits; 50 % sparsity, 4 bits."""
+        return in_words(self.sparsity, self.bits, self.method, self.pattern)
+
+    @property
     def label(self) -> str:
         """How a candidate is called: its allocation and the numbers that were given."""
         if self.allocation in ("uniform", "arithmetic"):
@@ -149,6 +163,11 @@ class PruneSpec(Frozen):
         if len(numbers) > 4:
             return f"{self.allocation}, {len(numbers)} numbers"
         return " ".join([self.allocation, *(f"{n} {v:.4g}" for n, v in numbers.items())])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_bits(cls, given: Any) -> Any:
+        return with_rate(given)
 
     @field_validator("pattern")
     @classmethod
@@ -192,12 +211,13 @@ class CompareSpec(Frozen):
     sparsities: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [], description="empty: prune.sparsity"
     )
+    bits: list[Annotated[float, Field(gt=0)]] = Field([], description="empty: prune.bits")
     checkpoints: bool = Field(False, description="every cell saves its pruned model")
 
     @property
     def varies(self) -> bool:
         """Whether anything is listed."""
-        return any((self.models, self.methods, self.allocations, self.sparsities))
+        return any((self.models, self.methods, self.allocations, self.sparsities, self.bits))
 
 
 class SpeedSpec(Frozen):

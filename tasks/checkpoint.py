@@ -3,8 +3,10 @@
     folder, sha256 = save_checkpoint(modality, spec, rates, outcome, evaluation)
 
 A checkpoint is an ordinary one with zeros in it, plus `sparsity.json`: which matrix was pruned at
-which rate, how, on what, and the SHA-256 of every file. One that lost whole channels and heads is
-smaller, with a `structure.json`; tasks/structure.py loads it.
+which rate, how, on what, and the SHA-256 of every file. Where weights were rounded,
+`grids.safetensors` holds NAME.widths (uint8, one per row) and NAME.scales (float16, rows x groups)
+of every parameter, experts one after another. One that lost whole channels and heads is smaller,
+with a `structure.json`; tasks/structure.py loads it.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from tasks.sweep import Outcome
 
 SPARSITY_FILE = "sparsity.json"
+GRIDS_FILE = "grids.safetensors"
 FORGOTTEN_S = 24 * 3600  # a driver that lives fetches a checkpoint long before
 
 
@@ -49,6 +52,7 @@ def save_checkpoint(
         _remove_forgotten(folder.parent)
         folder.mkdir(parents=True)
         modality.save(folder)
+        _save_grids(modality, folder, outcome)
         _verify(modality, folder, outcome, evaluation[0])
         if outcome.removed:
             _make_smaller(modality, folder, outcome, evaluation[0])
@@ -67,6 +71,7 @@ def save_checkpoint(
             "allocation": spec.prune.allocation,
             "pause": spec.prune.pause,
             "sparsity": spec.prune.sparsity,
+            "bits": spec.prune.bits,
             "beta": spec.prune.beta,
             "parameters": spec.prune.parameters,
             "block_rates": list(rates),
@@ -114,6 +119,25 @@ def _remove_forgotten(outbox: Path) -> None:
     for folder in outbox.glob("*"):
         if folder.stat().st_mtime < time.time() - FORGOTTEN_S:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save_grids(modality: LoadedModality, folder: Path, outcome: Outcome) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    parts: dict[str, list[torch.Tensor]] = {}
+    transposed: dict[str, bool] = {}
+    for block in modality.blocks:
+        for matrix in block.matrices:
+            if grid := outcome.grids.get(matrix):
+                name = f"{block.name}.{matrix.parameter}"
+                transposed[name] = matrix.transposed
+                parts.setdefault(f"{name}.widths", []).append(grid.widths.byte().cpu())
+                parts.setdefault(f"{name}.scales", []).append(grid.scales.half().cpu())
+    if parts:
+        tensors = {name: torch.cat(each) for name, each in parts.items()}
+        flipped = [name for name, flip in transposed.items() if flip]
+        save_file(tensors, folder / GRIDS_FILE, metadata={"transposed": json.dumps(flipped)})
 
 
 def _verify(modality: LoadedModality, folder: Path, outcome: Outcome, batch: Batch) -> None:

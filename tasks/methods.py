@@ -60,13 +60,15 @@ class Method:
 
     `needs` names what InputStatistics must measure: any of norms, moments, gram and gradient.
     `published_zeros` is the count that the published rule gives for (out, in, rate). `units`
-    chooses among whole groups of columns, for prune.pattern=structured.
+    chooses among whole groups of columns, for prune.pattern=structured. One that `rounds` puts the
+    weights that stay on the budget's grid; for others they are rounded after it.
     """
 
     prune: Prune
     needs: Collection[str] = ()
     published_zeros: Callable[[int, int, float], int] = _per_row
     units: Choose | None = None
+    rounds: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -86,8 +88,12 @@ METHODS: dict[str, Method] = {
         ("gram",),
         _per_panel,
         _function("structured", "obs_units"),
+        rounds=True,
     ),
     "alps": Method(_function("alps", "alps"), ("gram",), lambda out, in_, s: int(out * in_ * s)),
+    # Without zeros these only round; the norms decide which rows get more bits.
+    "rtn": Method(_function("scores", "wanda"), ("norms",)),
+    "gptq": Method(_function("sparsegpt", "sparsegpt"), ("gram",), _per_panel, rounds=True),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from infra.bits import LEAST, MOST, ROUNDING
 from infra.spec_files import toml_value
 from tasks.statistics import label, plus_minus
 
@@ -40,7 +41,9 @@ def model_card(report: Mapping[str, Any]) -> str:
     """
     spec, model, best = report["spec"], report["model"], report["best"]
     source, prune = spec["model"]["source"], spec["prune"]
-    name = f"{short(source)}, {100 * best['sparsity']:.4g} % sparse"
+    rounds, bits = prune["method"] in ROUNDING, f"{best['bits']:.4g} bits"
+    sparse = [] if rounds else [f"{100 * best['sparsity']:.4g} % sparse"]
+    name = ", ".join([short(source), *sparse, *([bits] if best["bits"] else [])])
     texts = {use: spec["data"][use] or spec["data"]["source"] for use in ("calibration", "report")}
     paper = report["protocol"] == "paper"
     warning = "; **paper protocol: beta was selected on this split**" if paper else ""
@@ -67,7 +70,7 @@ of {_public(texts["report"])}, calibrated
 - **Method**: {prune["method"]}, calibrated on {calibrated_on(spec, report["windows"])} of
   {_public(texts["calibration"])}.
 - **Sparsity**: {best["sparsity"]:.6f} of the weights in blocks are zero. Embeddings, norms and
-  heads are dense.
+  heads are dense.{_rounded(best)}
 - **Rates**: {_rates(best, prune)}
   `sparsity.json` lists every matrix.
 
@@ -99,11 +102,24 @@ def packed_card(card: str) -> str:
 
 
 def _rates(best: Mapping[str, Any], prune: Mapping[str, Any]) -> str:
+    bits = ""
+    if prune["method"] in ROUNDING:
+        bits = f"\n  A rate r stands for {MOST:g} - {MOST - LEAST:g} r bits per weight."
     if best["allocation"] not in ("uniform", "arithmetic"):
-        return f"{best['label']}, with a mean of {prune['sparsity']:g}."
+        return f"{best['label']}, with a mean of {prune['sparsity']:g}.{bits}"
     return (
         f"beta = {best['beta']:.6g} (tilt {best['tilt']:.3f}); block i has the rate\n"
         f"  S + beta * (i - c), with S = {prune['sparsity']:g} and c the centre of the parameters."
+        f"{bits}"
+    )
+
+
+def _rounded(best: Mapping[str, Any]) -> str:
+    if not best["bits"]:
+        return ""
+    return (
+        f"\n- **Bits**: {best['bits']:.6f} per weight in blocks, scales counted. They are stored in"
+        "\n  full size here; `grids.safetensors` has the width and the scales of every row."
     )
 
 

@@ -28,16 +28,16 @@ from infra.records import BlockError, MatrixRecord
 from modalities.base import Batch, Measured, Modality
 from modalities.products import Matrix, ProductWatcher
 from modalities.units import Units
-from tasks.allocation import MOST, zeros_per_matrix
+from tasks.asked import Asked, asked_of
 from tasks.errors import ErrorCurve
 from tasks.gradients import matrix_gradients
 from tasks.lockstep import Lockstep, Pass, Run, pause
 from tasks.meter import Meter, identity
-from tasks.methods import check_pattern, method_named
 from tasks.pruning import prune_in_place, remove_in_place
+from tasks.pruning.grids import Grid
 from tasks.pruning.inputs import InputStatistics
-from tasks.pruning.patterns import STRUCTURED, UNSTRUCTURED, budgets, settled
-from tasks.structure import UnitBudget, unit_budgets
+from tasks.pruning.patterns import UNSTRUCTURED
+from tasks.structure import UnitBudget
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
     errors: list[BlockError] = field(default_factory=list)
     removed: list[tuple[Units, Tensor]] = field(default_factory=list)  # of each, the mask that went
+    grids: dict[Matrix, Grid] = field(default_factory=dict)  # of rounded matrices that are kept
     token_passes: int = 0
 
     @property
@@ -78,6 +79,7 @@ def sweep(
     *,
     method: str,
     pattern: str = UNSTRUCTURED,
+    bits: float = 0,
     pause_at: Literal["block", "linear"],
     calibration: Sequence[Batch],
     evaluation: Sequence[Batch],
@@ -88,70 +90,28 @@ def sweep(
 
     `pattern` is unstructured, N:M for N of every M kept, N:8 for one N per block by its rate, or
     structured for whole channels and heads.
+    What stays of a matrix is rounded to `bits` per weight; rtn and gptq, which remove nothing, take
+    them from the rates (infra.bits.bits_of) wherever bits are given.
     `dense` lets a dense copy of the evaluation ride along, for its losses and the error of every
     block. `keep` leaves the pruned weights in the model; otherwise each block is dense again as
     soon as all batches have passed it. Raises RuntimeError where the result is not what was asked
-    for: a wrong number of zeros, something changed that is not prunable, a loss that is not finite.
+    for: a wrong number of zeros or bits, something changed that is not prunable, a loss that is not
+    finite.
     """
-    made = _Sweep(modality, rates, method, pattern, pause_at, keep)
-    return made.run(calibration, evaluation, dense)
-
-
-def refuse_unfit(
-    modality: Modality, rates: Sequence[float], *, method: str, pattern: str = UNSTRUCTURED
-) -> None:
-    """Raise UserError where a sweep could not begin: a pattern that no matrix of a shape takes."""
-    _Sweep(modality, rates, method, pattern, "linear", keep=False)
+    asked = asked_of(modality, rates, method=method, pattern=pattern, bits=bits)
+    return _Sweep(modality, asked, method, pause_at, keep).run(calibration, evaluation, dense)
 
 
 class _Sweep:
     def __init__(
-        self,
-        modality: Modality,
-        rates: Sequence[float],
-        method: str,
-        pattern: str,
-        pause_at: str,
-        keep: bool,
+        self, modality: Modality, asked: Asked, method: str, pause_at: str, keep: bool
     ) -> None:
         self.modality, self.method, self.pause_at, self.keep = modality, method, pause_at, keep
-        self.outcome = Outcome()
-        plan = modality.matrices()
-        zeros = zeros_per_matrix(rates, [m.params for m in plan])
-        asked = [
-            m.model_copy(update={"rate": rate, "zeros": z})
-            for m, rate, z in zip(plan, rates, zeros, strict=True)
-        ]
-        for record in asked:
-            if record.rate > MOST and record.zeros >= record.params:
-                raise UserError(
-                    f"{record.matrix} of block {record.block} would lose every weight at rate "
-                    f"{record.rate:.6f}: choose a smaller tilt, or less sparsity"
-                )
-        flat = [matrix for block in modality.blocks for matrix in block.matrices]
-        chosen = budgets(pattern, asked, [matrix.weight().shape for matrix in flat])
-        self.budgets = dict(zip(flat, chosen, strict=True))
-        self.records = dict(zip(flat, map(settled, asked, chosen), strict=True))
-        self.pruning = any(zeros)
-        self.needs = frozenset(method_named(method).needs)
+        self.asked, self.needs, self.pruning = asked, asked.needs, asked.changes
+        self.plan = [[m for m in b.matrices if m in asked.watched] for b in modality.blocks]
+        self.outcome = Outcome(matrices=asked.untouched())
         self.gradients: dict[Matrix, Tensor] = {}
-        self.removals: dict[Matrix, UnitBudget] = {}
-        if pattern == STRUCTURED and self.pruning:
-            self._plan_removals(rates)
-        planned = self.removals or self.records
-        self.plan = [[m for m in block.matrices if m in planned] for block in modality.blocks]
         self._touched: set[int] = set()
-
-    def _plan_removals(self, rates: Sequence[float]) -> None:
-        check_pattern(self.method, STRUCTURED)
-        self.needs |= {"gram"}  # what stays makes up for what goes
-        budgets = [each for block in unit_budgets(self.modality, rates) for each in block]
-        self.removals = {each.units.consumer: each for each in budgets}
-        used = {m for each in budgets for m in each.units.matrices}
-        for matrix, record in self.records.items():
-            if matrix not in used:  # it stays whole
-                whole = record.model_copy(update={"rate": 0.0, "zeros": 0})
-                self.outcome.matrices.append(whole)
 
     def run(
         self, calibration: Sequence[Batch], evaluation: Sequence[Batch], dense: bool
@@ -199,6 +159,7 @@ class _Sweep:
                 raise RuntimeError(f"the loss is {wrong[0]:g}: the {kind} model overflows")
         if self.pruning and len(self.outcome.matrices) != planned:
             raise RuntimeError(f"{len(self.outcome.matrices)} of {planned} matrices were reached")
+        self.asked.check_bits()
 
     def _restore(self) -> None:
         """After a failure too: the next sweep finds the dense model."""
@@ -289,7 +250,7 @@ class _Sweep:
                 run.close()
 
     def _prune(self, matrix: Matrix, inputs: InputStatistics) -> None:
-        weight, record = matrix.weight(), self.records[matrix]
+        weight, record = matrix.weight(), self.asked.records[matrix]
         name = f"{self.modality.blocks[record.block].name}.{matrix.name}"
         if not torch.isfinite(weight.sum(dtype=torch.float32)):
             raise RuntimeError(f"{name} holds NaN or infinity")
@@ -297,15 +258,22 @@ class _Sweep:
             inputs.gradient = self.gradients.pop(matrix).to(weight.device)
         if not inputs.are_finite:
             raise RuntimeError(f"the inputs of {name} hold NaN or infinity, or its gradients do")
-        if matrix in self.removals:
-            self._remove(self.removals[matrix], inputs)
+        if matrix in self.asked.removals:
+            self._remove(self.asked.removals[matrix], inputs)
         else:
-            budget = self.budgets[matrix]
+            budget = self.asked.budgets[matrix]
             prune_in_place(weight, inputs, method=self.method, budget=budget)
-            zeros = int(weight.numel() - weight.count_nonzero())
+            zeros, realised = int(weight.numel() - weight.count_nonzero()), 0.0
             if zeros < budget.zeros:
                 raise RuntimeError(f"{name}: {zeros} zeros instead of {budget.zeros}")
-            self.outcome.matrices.append(record.model_copy(update={"zeros": zeros}))
+            if grid := budget.grid:
+                if not grid.holds(weight):
+                    raise RuntimeError(f"{name}: weights that are not of {grid.asked}")
+                realised = grid.bits / weight.numel()
+                if self.keep:
+                    self.outcome.grids[matrix] = grid
+            update = {"zeros": zeros, "bits": realised}
+            self.outcome.matrices.append(record.model_copy(update=update))
         if not inputs.measured:
             self.outcome.fallbacks.append(name)
         elif inputs.note:
@@ -325,7 +293,7 @@ class _Sweep:
         for matrix, mask in lost.items():
             zeros = matrix.params // mask.numel() * int(mask.sum())
             update = {"zeros": zeros, "rate": zeros / matrix.params}
-            self.outcome.matrices.append(self.records[matrix].model_copy(update=update))
+            self.outcome.matrices.append(self.asked.records[matrix].model_copy(update=update))
         self.outcome.removed.append((units, gone))
 
 

@@ -61,7 +61,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     matrices = modality.matrices()
     plan = plan_of(spec.prune, matrices, spec.profile)
     calibration = []
-    if any(plan.rates):
+    if any(plan.rates) or spec.prune.bits:
         calibration = modality.calibration_batches(
             spec.data, spec.calibration, divisor=batch_divisor
         )
@@ -75,6 +75,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         plan.rates,
         method=spec.prune.method,
         pattern=spec.prune.pattern,
+        bits=spec.prune.bits,
         pause_at=spec.prune.pause,
         calibration=calibration,
         evaluation=evaluation,
@@ -141,7 +142,7 @@ def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> Mo
     Raises UserError where a trial could not run, and RuntimeError where the dense loss of a sweep
     differs from a plain loop's in a single bit.
     """
-    from tasks.sweep import refuse_unfit
+    from tasks.asked import asked_of
     from tasks.zero_shot import check_tasks
 
     first = trials[0]
@@ -150,7 +151,8 @@ def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> Mo
     scores: dict[str, None] = {}
     for trial in reversed(trials):  # what asks for most text is refused first, with its full size
         rates = check_rates(trial.prune, modality.matrices())
-        refuse_unfit(modality, rates, method=trial.prune.method, pattern=trial.prune.pattern)
+        asked = trial.prune.model_dump(include={"method", "pattern", "bits"})
+        asked_of(modality, rates, **asked)
         modality.calibration_batches(trial.data, trial.calibration)
         modality.evaluation_batches(trial.data, trial.split, trial.windows, trial.context)
         if trial.tasks:
@@ -185,7 +187,7 @@ def measure_profile(spec: TrialSpec, *, batch_divisor: int = 1) -> list[float]:
 def time_dense(spec: TrialSpec, *, batch_divisor: int = 1) -> tuple[int, float]:
     """Tokens and seconds of a dense evaluation, the head included: what a token pass costs here."""
     dense = spec.prune.model_copy(
-        update={"sparsity": 0.0, "allocation": "uniform", "beta": 0.0, "parameters": {}}
+        update={"sparsity": 0.0, "bits": 0, "allocation": "uniform", "beta": 0.0, "parameters": {}}
     )
     alone = spec.model_copy(update={"prune": dense, "tasks": []})
     result = run_trial(alone, batch_divisor=batch_divisor)
