@@ -256,8 +256,7 @@ def _conditions(result: TrialResult) -> tuple[str, int, int]:
 
 def _conclusion(report: Report) -> str:
     """What was found, in two or three sentences that hold for these numbers and no others."""
-    gain, best = report["gain"], report["best"]
-    metric = report["headline"]
+    gain, best, metric = report["gain"], report["best"], report["headline"]
     what = metric if metric == "perplexity" else label(metric, best["metrics"][metric])
     what = what.removesuffix(", %")
     before, after = (in_words(report[side]["metrics"][metric]) for side in ("uniform", "best"))

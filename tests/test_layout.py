@@ -109,9 +109,10 @@ def test_files_open_with_what_they_do() -> None:
 
 def test_third_party_imports_are_declared() -> None:
     """A library that is only there because another one needs it may go with the next release."""
+    extras = PROJECT["optional-dependencies"]
     declared = {
         re.split(r"[\[<>=!~; ]", text, maxsplit=1)[0].replace("_", "-").lower()
-        for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dashboards"]
+        for text in PROJECT["dependencies"] + extras["dashboards"] + extras["export"]
     }
     providers = packages_distributions()
     undeclared = set()

@@ -1,6 +1,6 @@
 """Fewer bits: uniform against the best line, by round-to-nearest and GPTQ, and bytes on disk.
 
-    python tests/bench/quantised.py [--json] [--bits 3 4] [--samples 4] [--windows 8]
+    python tests/bench/quantised.py [--json] [--bits 3 4] [--tilts 0.2 0.4] [--samples 4]
 
 Lines are tried at some tilts on selection text, calibrated with a quarter of the samples; the best
 is compared with uniform on report text. Then SparseGPT at 50 % and 4 bits, in one pass, beside the
