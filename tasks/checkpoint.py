@@ -14,12 +14,12 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from infra.errors import UserError
-from infra.records import TrialSpec
+from infra.records import RecoveryRecord, TrialSpec
 from infra.sources import cache_dir, sha256_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def save_checkpoint(
     rates: Sequence[float],
     outcome: Outcome,
     evaluation: Sequence[Batch],
+    recovery: RecoveryRecord | None = None,
 ) -> tuple[str, dict[str, str]]:
     """Save the pruned model into a folder of its own; returns it and the SHA-256 of each file.
 
@@ -70,6 +71,7 @@ def save_checkpoint(
             "data": spec.data.model_dump(mode="json"),
             "evaluation": {"context": spec.context, "report_windows": spec.windows},
             "matrices": [matrix.model_dump() for matrix in outcome.matrices],
+            **_recovered(spec, recovery),
             "sha256": hashes,
         }
         (folder / SPARSITY_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -80,6 +82,19 @@ def save_checkpoint(
             raise UserError(f"cannot write a checkpoint to {folder.parent}: {reason}") from error
         raise
     return str(folder), hashes | {SPARSITY_FILE: sha256_of(folder / SPARSITY_FILE)}
+
+
+def _recovered(spec: TrialSpec, recovery: RecoveryRecord | None) -> dict[str, Any]:
+    """How the model was fine-tuned; of a sparse checkpoint, how that was pruned as well."""
+    if spec.recovery is None or recovery is None:
+        return {}
+    how = spec.recovery.model_dump() | recovery.model_dump(exclude={"losses"})
+    facts = Path(spec.model.source, SPARSITY_FILE)
+    if spec.prune.sparsity or not facts.is_file():
+        return {"recovery": how}
+    pruned = json.loads(facts.read_text(encoding="utf-8"))
+    kept = set(pruned) - {"version", "modality", "towers", "dtype", "evaluation", "sha256"}
+    return {key: pruned[key] for key in kept} | {"recovery": how}
 
 
 def _remove_forgotten(outbox: Path) -> None:
