@@ -221,7 +221,7 @@ class _Mirror:
         if self.runs[PARENT].data.tags.get(TAG_REPORT) == digest:
             return
         report = json.loads(data)
-        metrics = _flat(report.get("gain", {}), "gain.")
+        metrics = _flat({name: report.get(name) or {} for name in ("gain", "recovery")})
         for row in ("dense", "uniform", "best"):
             measured = report.get(row) or {}  # no dense model was measured
             metrics |= {f"{row}.{k}": v["mean"] for k, v in measured.pop("metrics", {}).items()}

@@ -247,6 +247,11 @@ def loaded(spec: ModelSpec) -> LoadedModality:
     return _loaded[key]
 
 
+def unit_of(spec: ModelSpec) -> str:
+    """What a loss of the model is the mean of."""
+    return loaded(spec).record(spec.source).unit
+
+
 def _asked_of_tasks(spec: TrialSpec) -> dict[str, Any]:
     """The first rows of a task are reported, so a selection uses those after them."""
     skip = spec.task_rows if spec.split == "selection" else 0
