@@ -24,7 +24,7 @@ from infra.records import TrialResult, TrialSpec
 from infra.sources import pinned
 from infra.specs import Spec
 from infra.store import RunStore, write_atomic
-from tasks.trial import run_trial, unit_of
+from tasks.trial import refuse_unrecoverable, run_trial
 
 FILE = "recovery.json"
 STEPS = 200  # where the command does not say
@@ -43,6 +43,9 @@ def recover(checkpoint: Path, overrides: list[str], *, as_json: bool = False) ->
     ):
         tracking.start(store.dir, spec.tracking)
         trial = _trial(store)
+        unit = cluster.call(refuse_unrecoverable, trial)
+        if not store.waves():
+            store.write_wave(0, [trial])
         result = store.results().get(0)
         if result is None or result.state == "failed" or not _there(store, result):
             result = _run(cluster, spec, trial)
@@ -51,7 +54,6 @@ def recover(checkpoint: Path, overrides: list[str], *, as_json: bool = False) ->
                 store.event("stopped", cause="UserError", reason=result.cause)
                 raise UserError(result.cause)
             cluster.fetch(result, store.path("best"))
-        unit = cluster.call(unit_of, trial.model)
         answer = {
             "kind": "recovery",
             "checkpoint": str(checkpoint),
@@ -115,7 +117,7 @@ def _trial(store: RunStore) -> TrialSpec:
     if waves := store.waves():
         return waves[0][0]
     spec = store.spec
-    trial = TrialSpec(
+    return TrialSpec(
         number=0,
         stage="final",
         model=spec.model,
@@ -128,8 +130,6 @@ def _trial(store: RunStore) -> TrialSpec:
         checkpoint=True,
         recovery=spec.recovery,
     )
-    store.write_wave(0, [trial])
-    return trial
 
 
 def _run(cluster: Cluster, spec: Spec, trial: TrialSpec) -> TrialResult:

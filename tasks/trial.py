@@ -164,7 +164,6 @@ def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> Mo
     differs from a plain loop's in a single bit.
     """
     from tasks.pruning import method_named
-    from tasks.recovery import check_recovery
     from tasks.sweep import refuse_unfit
     from tasks.zero_shot import check_tasks
 
@@ -178,8 +177,7 @@ def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> Mo
         modality.calibration_batches(trial.data, trial.calibration)
         modality.evaluation_batches(trial.data, trial.split, trial.windows, trial.context)
         if trial.recovery:
-            check_recovery(modality, trial.recovery)
-            modality.training_windows(trial.data, trial.recovery)
+            refuse_unrecoverable(trial)
         if trial.tasks:
             scores |= dict.fromkeys(check_tasks(modality, **_asked_of_tasks(trial)))
     batches = modality.evaluation_batches(
@@ -247,9 +245,16 @@ def loaded(spec: ModelSpec) -> LoadedModality:
     return _loaded[key]
 
 
-def unit_of(spec: ModelSpec) -> str:
-    """What a loss of the model is the mean of."""
-    return loaded(spec).record(spec.source).unit
+def refuse_unrecoverable(spec: TrialSpec) -> str:
+    """Raise UserError where a recovery could not begin; else what its loss is the mean of."""
+    from tasks.recovery import check_recovery
+
+    modality = loaded(spec.model)
+    if spec.recovery:
+        check_recovery(modality, spec.recovery)
+        modality.training_windows(spec.data, spec.recovery)
+    modality.evaluation_batches(spec.data, spec.split, spec.windows, spec.context)
+    return modality.record(spec.model.source).unit
 
 
 def _asked_of_tasks(spec: TrialSpec) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import tempfile
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context, report
+from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchTrainer, get_device
 
 from infra.cluster.dispatch import MAX_LOST
@@ -40,14 +40,15 @@ def train_together(
             ),
         )
         try:
-            told = trainer.fit().metrics
+            given = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
             raise UserError(f"recovery on {workers} workers failed: {first_line(error)}") from error
-    return TrialResult.model_validate_json(told["result"])
+    assert isinstance(given, TrialResult)
+    return given
 
 
-def _work(config: dict[str, Any]) -> None:
-    """What every worker does; only the first keeps the checkpoint."""
+def _work(config: dict[str, Any]) -> TrialResult:
+    """What every worker does; only the first saves the checkpoint, and its result is taken."""
     worker = Worker(config["threads"])
     spec: TrialSpec = config["spec"]
     if get_device().type == "cuda":
@@ -58,4 +59,4 @@ def _work(config: dict[str, Any]) -> None:
         spec = spec.model_copy(update={"checkpoint": False})
     node = ray.get_runtime_context().get_node_id()
     _, result = worker.trial(config["function"], spec, 1, node)
-    report({"result": result.model_dump_json()})
+    return result
