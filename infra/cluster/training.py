@@ -12,7 +12,6 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
-from ray.train.torch import TorchTrainer, get_device
 
 from infra.cluster.dispatch import MAX_LOST
 from infra.cluster.worker import TrialFunction, Worker, first_line
@@ -27,10 +26,12 @@ def train_together(
 
     Raises UserError where they cannot be started or one is lost too often.
     """
+    from ray.train.torch import TorchTrainer  # with torch, which takes seconds
+
     resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = TorchTrainer(
-            _work,
+        trainer: Any = TorchTrainer(
+            _work,  # type: ignore[arg-type]  # what it returns is in the result
             train_loop_config={"function": function, "spec": spec, "threads": max(1, int(cpus))},
             scaling_config=ScalingConfig(
                 num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources
@@ -49,6 +50,8 @@ def train_together(
 
 def _work(config: dict[str, Any]) -> TrialResult:
     """What every worker does; only the first saves the checkpoint, and its result is taken."""
+    from ray.train.torch import get_device
+
     worker = Worker(config["threads"])
     spec: TrialSpec = config["spec"]
     if get_device().type == "cuda":

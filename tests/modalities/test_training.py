@@ -69,7 +69,11 @@ def test_a_row_of_padding_changes_no_loss(tmp_path: Path, cache: Path) -> None:
                     alone -= float(F.log_softmax(logits[place - 1], -1)[labels[place]])
     assert together == pytest.approx(alone, rel=1e-5)
     scored = int((windows.labels != UNSCORED).sum())
-    assert modality.num_scored(windows) == scored == len("four</assistant>bc</assistant>ef</assistant>")
+    assert (
+        modality.num_scored(windows)
+        == scored
+        == len("four</assistant>bc</assistant>ef</assistant>")
+    )
 
 
 def test_fewer_windows_than_asked_for_will_do() -> None:
