@@ -137,7 +137,8 @@ class VisionModality(LoadedModality):
         if recovery.source or recovery.column or recovery.has_answers:
             raise UserError("recovery.source: a vision model is trained on the images of [data]")
         wanted = min(recovery.steps * recovery.batch, _TRAINING_IMAGES)
-        count = min(wanted, len(evaluated(data, "calibration", recovery.seed)))
+        there = len(evaluated(data, "calibration", recovery.seed))
+        count = min(wanted, max(1, int(there * (1 - data.broken))))
         pixels, found = self._images(data, "calibration", recovery.seed, count)
         labels = class_numbers(found, data, "calibration", self._names, self._outputs)
         return ImageBatch(pixels, (0,) * count, tuple(labels))
