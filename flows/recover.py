@@ -10,12 +10,13 @@ compares it with what it was made from, on the report split.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from flows.evaluate import spec_of
 from flows.pins import pin_recovery
-from flows.recovered import effort, print_sides, side_of, told
+from flows.recovered import effort, kept, print_sides, side_of, told
 from flows.stop import stoppable
 from infra import tracking
 from infra.cluster import Cluster, connect, damaged
@@ -36,6 +37,8 @@ def recover(checkpoint: Path, overrides: list[str], *, as_json: bool = False) ->
     Raises UserError for what is no checkpoint, what cannot be trained, and text that measures.
     """
     spec = _spec(checkpoint, overrides)
+    if sys.stderr.isatty():
+        print(f"fine-tuning {checkpoint} for {spec.recovery.steps} steps", file=sys.stderr)
     with (
         RunStore.open(spec, "recover") as store,
         stoppable(store.dir),
@@ -87,7 +90,7 @@ def kept_recovery(run: Path) -> dict[str, Any]:
 def print_recovery(answer: dict[str, Any]) -> None:
     """The table, the conclusion, and where to look next."""
     print_sides({"checkpoint": answer})
-    print(f"{effort(answer)} take {told(answer)}; every zero stayed.")
+    print(f"{effort(answer)} take {told(answer)}; {kept(answer)}.")
     print(f"numbers     {Path(answer['run'], FILE)}")
     print(f"checkpoint  {Path(answer['run'], 'best')}")
 

@@ -78,14 +78,17 @@ def effort(side: dict[str, Any]) -> str:
     return f"{side['steps']} steps of {NAMES[side['method']]} on {side['tokens']:,} {what}"
 
 
+def kept(side: dict[str, Any]) -> str:
+    """All 74,317,824 zeros stayed: what is not so ends the fine-tune with an error."""
+    return f"all {side['zeros_after']:,} zeros stayed"
+
+
 def _conclusion(recovery: dict[str, Any], is_uniform: bool) -> str:
     best, gain = recovery["best"], recovery["gain"]
     if is_uniform:
-        return f"{effort(best)} take {told(best)}; every zero stayed."
+        return f"{effort(best)} take {told(best)}; {kept(best)}."
     equal = told(recovery["uniform"]).partition(" from ")[2]
-    text = (
-        f"{effort(best)} take {told(best)} (best) and from {equal} (uniform); every zero stayed. "
-    )
+    text = f"{effort(best)} take {told(best)} (best) and from {equal} (uniform); {kept(best)}. "
     interval = f"95 % interval {gain['low']:.3f} to {gain['high']:.3f}, one calibration seed"
     if gain["low"] > 0:
         return f"{text}Of the gain {gain['mean']:.3f} {gain['unit']} is left ({interval})."
@@ -103,7 +106,7 @@ def print_sides(sides: dict[str, dict[str, Any]]) -> None:
     name = next(iter(sides.values()))["headline"]
     heading = label(name, next(iter(sides.values()))["after"][name])
     table = Table(title=f"recovery, {heading}", title_justify="left")
-    for column in ("", "before", "after", "gained, paired", "n", "zeros", "time"):
+    for column in ("", "before", "after", "gained, paired", "n", "time"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row, side in sides.items():
         values = [side[when][name] for when in ("before", "after")]
@@ -112,7 +115,6 @@ def print_sides(sides: dict[str, dict[str, Any]]) -> None:
             *(plus_minus(value["mean"], value["stderr"]) for value in values),
             plus_minus(side["gained"]["mean"], side["gained"]["stderr"]),
             f"{side['gained']['n']}",
-            f"{side['zeros_after']:,} of {side['zeros_before']:,}",
             duration(side["seconds"]),
         )
     console.print(table)

@@ -53,6 +53,7 @@ def recover(modality: LoadedModality, trial: TrialSpec, *, divisor: int = 1) -> 
     with (
         modality.resident(whole=True),
         _checkpointed(modality),
+        _deterministic(modality.device),
         _trained(modality, spec) as trained,
     ):
         optimizer = torch.optim.AdamW(
@@ -192,6 +193,18 @@ def _checkpointed(modality: Modality) -> Iterator[None]:
             del module.__dict__["forward"]
             if forward is not None:  # accelerate keeps its hook there
                 module.forward = forward
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Inside, GPU kernels that add up in any order are replaced; those of CPUs do not."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _order(num_windows: int, spec: RecoverySpec) -> list[int]:
