@@ -122,8 +122,8 @@ class _Mirror:
 
     def finish(self) -> None:
         """Say how the search ended, once its driver has gone."""
-        status = "FINISHED" if self.store.path("report.json").exists() else "KILLED"
-        self.client.set_terminated(self.parent, status)
+        done = any(self.store.path(f"{name}.json").exists() for name in ("report", "recovery"))
+        self.client.set_terminated(self.parent, "FINISHED" if done else "KILLED")
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException

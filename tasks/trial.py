@@ -51,7 +51,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         return _answer(spec, batch_divisor)
     started = time.perf_counter()
     from tasks.checkpoint import save_checkpoint
-    from tasks.recovery import counted, measured_again, recover
+    from tasks.recovery import counted, forget, measured_again, recover
     from tasks.sweep import sweep
     from tasks.zero_shot import check_tasks, zero_shot
 
@@ -105,6 +105,8 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         if spec.checkpoint:
             kept = (per_block, saved, evaluation, recovery)
             where, hashes = save_checkpoint(modality, spec, *kept)
+        if spec.recovery:
+            forget(modality, spec)
         if spec.tasks and spec.error_curves and spec.prune.is_uniform:  # once is enough
             _make_dense(modality)
             dense_scores = dense_scores | measure_tasks()

@@ -89,7 +89,6 @@ def recover(modality: LoadedModality, trial: TrialSpec, *, divisor: int = 1) -> 
         if old.zeros != new.zeros:
             name = f"{modality.blocks[old.block].name}.{old.matrix}"
             raise RuntimeError(f"{name} had {old.zeros} zeros and has {new.zeros} after recovery")
-    state.remove()
     return RecoveryRecord(
         method=spec.method,
         steps=spec.steps,
@@ -100,6 +99,12 @@ def recover(modality: LoadedModality, trial: TrialSpec, *, divisor: int = 1) -> 
         losses=losses,
         seconds=seconds,
     )
+
+
+def forget(modality: LoadedModality, trial: TrialSpec) -> None:
+    """Remove the state of a fine-tune, once its weights are kept elsewhere or not wanted."""
+    if is_first():
+        State(_key(modality, trial)).remove()
 
 
 def check_recovery(modality: Modality, spec: RecoverySpec) -> None:
