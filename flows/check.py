@@ -177,7 +177,11 @@ def memory_bytes(model: ModelRecord, trial: TrialSpec) -> int:
     states = trial.windows * context * (4 if trial.error_curves else 1)
     kept = sum(model.block_params()) if trial.checkpoint else max(model.block_params())
     logits = 2 * max(model.batch_tokens, context) * model.outputs
-    return size * (calibrating + states * model.width + kept + logits)
+    trained = 0
+    if trial.recovery:  # a copy of each weight, its gradient and two moments, in float32
+        kept, logits = sum(model.block_params()), 3 * logits
+        trained = 16 * kept if trial.recovery.method == "full" else 0
+    return size * (calibrating + states * model.width + kept + logits) + trained
 
 
 def _print(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         print(f"sparseramp: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        runs = options.name in ("search", "prune", "compare", "study")
+        runs = options.name in ("search", "prune", "compare", "study", "recover")
         promise = "; the same command goes on where it left off" if runs else ""
         print(f"sparseramp: stopped{promise}", file=sys.stderr)
         sys.exit(130)
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("check", _check, "spec", "resolve everything a spec names and say what would run where")
     add("evaluate", _evaluate, "checkpoint", "measure a saved checkpoint on its report split")
+    add("recover", _recover, "checkpoint", "fine-tune a saved checkpoint, keeping every zero")
     add("speed", _speed, "checkpoint", "time a saved checkpoint on every engine that runs here")
     pack = add("pack", _pack, "checkpoint", "store a saved checkpoint without its zeros", False)
     pack.add_argument("--format", choices=["packed", "compressed-tensors"], default="packed")
@@ -199,6 +200,12 @@ def _report(options: argparse.Namespace) -> None:
 
         _show_leaderboard(write_leaderboard(Path(options.run)), options.run, options.json)
         return
+    if command == "recover":
+        from flows.recover import kept_recovery, print_recovery
+
+        found = kept_recovery(Path(options.run))
+        print(json.dumps(found)) if options.json else print_recovery(found)
+        return
     if command == "compare":
         _show_comparison(write_comparison(Path(options.run)), options.run, options.json)
         return
@@ -213,7 +220,8 @@ def _show(report: dict[str, Any], run: str, as_json: bool) -> None:
             for name in ("dense", "uniform", "best")
             if report[name]
         }
-        print(json.dumps({"kind": "result", "run": run, **sides, "gain": report["gain"]}))
+        line = {"kind": "result", "run": run, **sides, "gain": report["gain"]}
+        print(json.dumps(line | ({"recovery": told} if (told := report["recovery"]) else {})))
         return
     from flows.summary import print_summary
 
@@ -251,6 +259,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     from flows.evaluate import evaluate
 
     evaluate(Path(options.checkpoint), options.overrides, as_json=options.json)
+
+
+def _recover(options: argparse.Namespace) -> None:
+    from flows.recover import recover
+
+    recover(Path(options.checkpoint), options.overrides, as_json=options.json)
 
 
 def _speed(options: argparse.Namespace) -> None:

@@ -184,7 +184,7 @@ def _finished(cell: Cell, store: RunStore, report: dict[str, Any]) -> Row:
         "family": report["model"]["architecture"],
         "peak_memory_bytes": report["cost"]["peak_memory_bytes"],
         "rates": [min(rates), max(rates)],
-        "metrics": best["metrics"],
+        "metrics": best["metrics"] | _recovered(report),
         "headline": report["headline"],
         "windows": report["windows"],
         "relative_loss": _relative_loss(results, report),
@@ -196,6 +196,12 @@ def _finished(cell: Cell, store: RunStore, report: dict[str, Any]) -> Row:
         "used_s": sum(result.cost.used_s for result in results),
         **_verdict(cell, report),
     }
+
+
+def _recovered(report: dict[str, Any]) -> dict[str, Any]:
+    """The headline metric of the best model after its fine-tune, where there was one."""
+    recovery, name = report.get("recovery"), report["headline"]
+    return {f"recovered {name}": recovery["best"]["after"][name]} if recovery else {}
 
 
 def _verdict(cell: Cell, report: dict[str, Any]) -> dict[str, str]:

@@ -57,6 +57,7 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
         "errors": _by_block(errors, model, ratio | _ticks(errors)),
         "split": _by_block(split, model, ratio | {"title": {"text": "part / ‖H‖"}} | _ticks(split)),
         "speed": _speed(report["speed"]),
+        "recovery": _recovery(report.get("recovery"), sides),
     }
 
 
@@ -64,6 +65,23 @@ def relative_part(error: dict[str, Any], part: str) -> float:
     """The norm of what a block makes or carries, over that of its dense output."""
     share = error[part] / error["absolute"] if error["absolute"] else 0.0
     return float(error["relative"] * share**0.5)
+
+
+def _recovery(recovery: dict[str, Any] | None, sides: list[str]) -> Figure:
+    """The loss of every training batch, by step; batches differ in difficulty."""
+    curves = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": side,
+            "x": list(range(1, len(recovery[side]["losses"]) + 1)),
+            "y": recovery[side]["losses"],
+            "line": {"color": COLOURS[side], "width": 1.5},
+        }
+        for side in (sides if recovery else [])
+        if recovery
+    ]
+    return _figure(curves, "step", {"title": {"text": "training loss, nats"}})
 
 
 def _speed(speed: dict[str, Any] | None) -> Figure:

@@ -118,7 +118,7 @@ class Leaderboard:
             "leaderboard.html",
             page=board,
             study=self.store.dir.resolve().name,
-            words=[_words(row) for row in rows],
+            words=[_words(row, _recovers(rows)) for row in rows],
             plots=plots,
             figures={name: figure for name, (_, figure) in plots.items()},
         )
@@ -160,7 +160,8 @@ def _row(cell: Cell) -> Row:
 
 def _csv(rows: Sequence[Row]) -> str:
     file = io.StringIO()
-    table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    columns = [*COLUMNS, *(["recovered"] if _recovers(rows) else [])]
+    table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     for row in rows:
         gain = row.get("gain", {})
@@ -168,7 +169,7 @@ def _csv(rows: Sequence[Row]) -> str:
             row
             | {side: _headline(row, side).get("mean", "") for side in ("dense", "uniform", "best")}
             | {f"gain_{key}": gain.get(key, "") for key in ("stderr", "low", "high", "unit")}
-            | {"gain": gain.get("mean", "")}
+            | {"gain": gain.get("mean", ""), "recovered": _recovered(row).get("mean", "")}
         )
     return file.getvalue()
 
@@ -180,7 +181,18 @@ def _headline(row: Row, side: str) -> dict[str, Any]:
     return found
 
 
-def _words(row: Row) -> dict[str, str]:
+def _recovers(rows: Sequence[Row]) -> bool:
+    """Whether any best model was fine-tuned."""
+    return any(name.startswith("recovered ") for row in rows for name in row.get("metrics") or ())
+
+
+def _recovered(row: Row) -> dict[str, Any]:
+    """The headline metric of the best model after its fine-tune; empty where there was none."""
+    found: dict[str, Any] = (row.get("metrics") or {}).get(f"recovered {row.get('headline')}", {})
+    return found
+
+
+def _words(row: Row, with_recovered: bool) -> dict[str, str]:
     """A row as it is shown, by heading."""
     sides = {side: _headline(row, side) for side in ("dense", "uniform", "best")}
     shown = {
@@ -193,18 +205,28 @@ def _words(row: Row) -> dict[str, str]:
     }
     gain = row.get("gain")
     measured = gain is not None and row["verdict"] != "baseline"
-    return shown | {
-        "gain": f"{gain['mean']:.3f} {gain['unit']}" if gain and measured else "",
-        "95 % interval": f"{gain['low']:.3f} to {gain['high']:.3f}" if gain and measured else "",
-        "beta": f"{row['beta']:.3g}" if "beta" in row else "",
-        "tilt": f"{row['tilt']:.2f}" if "tilt" in row else "",
-        "trials": str(row["trials"]),
-        "used": duration(row["used_s"]),
-        "memory": f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if row["peak_memory_bytes"] else "",
-        "outcome": row["cause"] or row.get("verdict", row["state"])
-        if row["state"] == "complete"
-        else f"{row['state']}: {row['cause']}",
-    }
+    recovered = _recovered(row)
+    after = plus_minus(recovered["mean"], recovered["stderr"]) if recovered else ""
+    return (
+        shown
+        | ({"recovered": after} if with_recovered else {})
+        | {
+            "gain": f"{gain['mean']:.3f} {gain['unit']}" if gain and measured else "",
+            "95 % interval": f"{gain['low']:.3f} to {gain['high']:.3f}"
+            if gain and measured
+            else "",
+            "beta": f"{row['beta']:.3g}" if "beta" in row else "",
+            "tilt": f"{row['tilt']:.2f}" if "tilt" in row else "",
+            "trials": str(row["trials"]),
+            "used": duration(row["used_s"]),
+            "memory": f"{row['peak_memory_bytes'] / 1e9:.2f} GB"
+            if row["peak_memory_bytes"]
+            else "",
+            "outcome": row["cause"] or row.get("verdict", row["state"])
+            if row["state"] == "complete"
+            else f"{row['state']}: {row['cause']}",
+        }
+    )
 
 
 def _plots(rows: Sequence[Row]) -> dict[str, tuple[str, Figure]]:
@@ -298,7 +320,7 @@ def print_leaderboard(board: dict[str, Any], folder: str) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200
-    rows = [_words(row) for row in board["rows"]]
+    rows = [_words(row, _recovers(board["rows"])) for row in board["rows"]]
     table = Table(
         title=f"{len(rows)} cells, {duration(board['used_s'])} used", title_justify="left"
     )

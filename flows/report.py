@@ -31,6 +31,7 @@ from flows.measures import (
     sampled,
 )
 from flows.pictures import pictures
+from flows.recovered import recovery_of
 from flows.speed import kept_speed
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult
@@ -121,6 +122,7 @@ def build_report(
         },
         "pictures": [],
         "speed": None,
+        "recovery": recovery_of(uniform, best, objective=objective, unit=model.unit),
         "trials": _trials(results, done, objective),
         **_errors(uniform, best, gain, model),
         "spec": spec.model_dump(mode="json"),
@@ -268,7 +270,8 @@ def _conclusion(report: Report) -> str:
         beta = f"beta = {best['beta']:.3g}"
     if best["tilt"]:
         beta += f" (tilt {best['tilt']:.2f})"
-    over = f"{gain['n']} {gain['of']} and {_count(gain['n_seeds'], 'calibration seed')}"
+    over = f"{gain['n']} {gain['of']} and {gain['n_seeds']} calibration seed"
+    over += "" if gain["n_seeds"] == 1 else "s"
     interval = f"95 % interval {gain['low']:.3f} to {gain['high']:.3f}, {over}"
     if best["uniform"]:
         why = "no candidate beat equal rates" if report["command"] == "search" else best["label"]
@@ -294,10 +297,6 @@ def _conclusion(report: Report) -> str:
         what = "text" if report["windows"] == "windows" else report["windows"]
         text += f" Paper protocol: beta was selected on the {what} it is reported on."
     return text
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def render(report: Report) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flows.recovered import print_sides
 from tasks.statistics import label, plus_minus
 
 
@@ -40,6 +41,10 @@ def print_summary(report: dict[str, Any], run: str) -> None:
     console.print(report["gain"]["conclusion"])
     if report["explanation"]:
         console.print(report["explanation"])
+    if recovery := report.get("recovery"):
+        sides = ("uniform",) if report["best"]["uniform"] else ("uniform", "best")
+        print_sides({side: recovery[side] for side in sides})
+        console.print(recovery["conclusion"])
     folder = Path(run)
     console.print(f"report      {folder / 'report.html'}")
     if (folder / "best").is_dir():

@@ -38,9 +38,9 @@ from filelock import FileLock
 from pydantic import Field, ValidationError, model_validator
 
 from infra.errors import UserError
+from infra.frozen import Frozen
 from infra.packed_codes import Count, PackedCodes
 from infra.sources import cache_dir, sha256_of
-from infra.specs import Frozen
 
 MANIFEST = "packed.json"
 WEIGHTS = "packed.safetensors"

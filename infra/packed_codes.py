@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from infra.specs import Frozen
+from infra.frozen import Frozen
 
 WIDTHS = (2, 3, 4, 8)
 GROUP = 128

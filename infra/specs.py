@@ -6,22 +6,11 @@ Spec(model=ModelSpec(source="org/model"), data=DataSpec(source="text.txt")).prun
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from infra.bits import in_words, with_rate
-
-
-class Frozen(BaseModel):
-    """A spec or record that does not change after it was made."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
+from infra.frozen import Frozen
+from infra.recovery_spec import RecoverySpec
 
 Modality = Literal["language", "vision", "multimodal"]
 
@@ -290,6 +279,7 @@ class Spec(Frozen):
     calibration: CalibrationSpec = CalibrationSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     search: SearchSpec = SearchSpec()
+    recovery: RecoverySpec = RecoverySpec()
     compare: CompareSpec = CompareSpec()
     published: dict[Literal["dense", "uniform", "best"], float] = Field(
         {}, description="perplexities that others give, shown beside the measured ones"
@@ -318,6 +308,10 @@ class Spec(Frozen):
                 f"search.objective={self.search.objective!r} needs evaluation.task_rows=N: the "
                 "first N rows of a task are reported, the next N are searched on"
             )
+        if self.recovery.steps and self.prune.bits:
+            raise ValueError(
+                "recovery.steps: training takes rounded weights off their grid, drop prune.bits"
+            )
         task = self.search.objective.rpartition("/")[0]
         if task and task not in self.evaluation.tasks:
             raise ValueError(
@@ -339,6 +333,7 @@ class Spec(Frozen):
     def identity(self) -> dict[str, Any]:
         """The part that decides results; the rest may change between start and resume."""
         elsewhere = dict.fromkeys(
-            ("compare", "published", "speed", "cluster", "tracking", "run"), True
+            ("recovery", "compare", "published", "speed", "cluster", "tracking", "run"), True
         )
-        return self.model_dump(exclude={**elsewhere, "search": {"storage"}})
+        recovery = {"recovery": told} if (told := self.recovery.replayable()) else {}
+        return self.model_dump(exclude={**elsewhere, "search": {"storage"}}) | recovery

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infra.errors import UserError
+from infra.frozen import Frozen
 from infra.packed import complete_folder
 from infra.sources import cache_dir, sha256_of
-from infra.specs import Frozen
 
 STRUCTURE = "structure.json"
 _MOST = 1 << 34  # weights of a matrix that is filled up with zeros

@@ -21,8 +21,10 @@ from infra.checkpoints import CheckpointLayout, inspect_checkpoint
 from infra.documents import documents, whole_text
 from infra.errors import UserError
 from infra.records import Split
+from infra.recovery_spec import RecoverySpec
 from infra.sources import fetch
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
+from infra.training_text import conversations, training_documents
 from infra.weights import MappedWeights, save_mapped
 from modalities.base import Batch, HeldWeights, LoadedModality, Weights, resolve_dtype
 from modalities.blocks import Block, find_blocks
@@ -35,6 +37,7 @@ from modalities.converted import (
 )
 from modalities.pretrained import copy_code, mapped, refuse_incomplete, reopened
 from modalities.text import adds_bos, cut_windows, shuffled
+from modalities.training import UNSCORED, TrainingText, chat_windows, text_windows
 
 _FORMAT = 2  # of a converted checkpoint; a change makes all of them anew
 _PROBE_TOKENS = 64
@@ -146,6 +149,42 @@ class LanguageModality(LoadedModality):
             ]
             sums.append(torch.stack(parts).sum(dtype=torch.float64))
         return [x / (batch.ids.shape[1] - 1) for x in sums]
+
+    def training_windows(self, data: DataSpec, recovery: RecoverySpec) -> Batch:
+        """Windows of documents, or conversations, in the order of the recovery's seed."""
+        size = {"length": recovery.length, "count": recovery.steps * recovery.batch}
+        if recovery.length > (limit := _context(self.model)):
+            raise UserError(f"recovery.length={recovery.length}: the model's context is {limit}")
+        if recovery.has_answers:
+            asked = shuffled(conversations(data, recovery), recovery.seed)
+            return chat_windows(self.tokenizer, asked, what="recovery", **size)
+        texts = shuffled(training_documents(data, recovery), recovery.seed)
+        return text_windows(self.tokenizer, texts, what="recovery", **size)
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """Summed negative log-likelihood of the scored tokens, in nats."""
+        assert isinstance(batch, TrainingText)
+        batch = batch.trimmed()
+        logits: Tensor = self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
+        targets = batch.labels[:, 1:].to(self.device).flatten()
+        parts = [
+            F.cross_entropy(part.float(), target, reduction="sum", ignore_index=UNSCORED)
+            for part, target in zip(
+                logits[:, :-1].flatten(0, 1).split(_HEAD_ROWS),
+                targets.split(_HEAD_ROWS),
+                strict=True,
+            )
+        ]
+        return torch.stack(parts).sum()
+
+    def num_scored(self, batch: Batch) -> int:
+        """Tokens that the loss is taken on."""
+        assert isinstance(batch, TrainingText)
+        return int((batch.labels[:, 1:] != UNSCORED).sum())
+
+    def num_together(self, batch: Batch) -> int:
+        """Windows per forward."""
+        return max(1, _TOKENS_PER_BATCH[self.device.type] // batch.ids.shape[1])
 
     def scored_tokens(self, batch: Batch) -> list[int]:
         """All tokens of a window but its first."""

@@ -18,12 +18,12 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from infra.errors import UserError
-from infra.records import TrialSpec
+from infra.records import RecoveryRecord, TrialSpec
 from infra.sources import cache_dir, sha256_of
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def save_checkpoint(
     rates: Sequence[float],
     outcome: Outcome,
     evaluation: Sequence[Batch],
+    recovery: RecoveryRecord | None = None,
 ) -> tuple[str, dict[str, str]]:
     """Save the pruned model into a folder of its own; returns it and the SHA-256 of each file.
 
@@ -54,8 +55,8 @@ def save_checkpoint(
         modality.save(folder)
         _save_grids(modality, folder, outcome)
         _verify(modality, folder, outcome, evaluation[0])
-        if outcome.removed:
-            _make_smaller(modality, folder, outcome, evaluation[0])
+        if outcome.removed or Path(spec.model.source, "structure.json").is_file():
+            _make_smaller(modality, spec, folder, outcome, evaluation[0])
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone
         hashes = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
@@ -79,6 +80,7 @@ def save_checkpoint(
             "data": spec.data.model_dump(mode="json"),
             "evaluation": {"context": spec.context, "report_windows": spec.windows},
             "matrices": [matrix.model_dump() for matrix in outcome.matrices],
+            **_recovered(spec, recovery),
             "sha256": hashes,
         }
         (folder / SPARSITY_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -91,14 +93,21 @@ def save_checkpoint(
     return str(folder), hashes | {SPARSITY_FILE: sha256_of(folder / SPARSITY_FILE)}
 
 
-def _make_smaller(modality: LoadedModality, folder: Path, outcome: Outcome, batch: Batch) -> None:
-    """Leave out what was removed; the smaller model is the masked one up to rounding."""
+def _make_smaller(
+    modality: LoadedModality, spec: TrialSpec, folder: Path, outcome: Outcome, batch: Batch
+) -> None:
+    """Leave out what was removed, now or of the checkpoint that was fine-tuned; the smaller model
+    is the masked one up to rounding."""
     import torch
 
-    from infra.structure import condense
+    from infra.structure import condense, read_structure
     from tasks.structure import load_smaller, shrink_model, structure_of
 
-    structure = structure_of(modality, outcome.removed)
+    structure = (
+        structure_of(modality, outcome.removed)
+        if outcome.removed
+        else read_structure(Path(spec.model.source))
+    )
     masked = modality.reopen(folder)
     shrink_model(masked.model, structure)
     with torch.no_grad(), masked.streaming():
@@ -112,6 +121,19 @@ def _make_smaller(modality: LoadedModality, folder: Path, outcome: Outcome, batc
     for name, parameter in masked.model.named_parameters():
         if not torch.equal(parameter.cpu(), saved.get_parameter(name)):
             raise RuntimeError(f"{name} was saved with other values")
+
+
+def _recovered(spec: TrialSpec, recovery: RecoveryRecord | None) -> dict[str, Any]:
+    """How the model was fine-tuned; of a sparse checkpoint, how that was pruned as well."""
+    if spec.recovery is None or recovery is None:
+        return {}
+    how = spec.recovery.model_dump() | recovery.model_dump(exclude={"losses"})
+    facts = Path(spec.model.source, SPARSITY_FILE)
+    if spec.prune.sparsity or not facts.is_file():
+        return {"recovery": how}
+    pruned = json.loads(facts.read_text(encoding="utf-8"))
+    kept = set(pruned) - {"version", "modality", "towers", "dtype", "evaluation", "sha256"}
+    return {key: pruned[key] for key in kept} | {"recovery": how}
 
 
 def _remove_forgotten(outbox: Path) -> None:

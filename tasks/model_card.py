@@ -56,7 +56,7 @@ def model_card(report: Mapping[str, Any]) -> str:
 {report["gain"]["conclusion"]}
 
 {_rows(report)}
-
+{_recovered(report)}
 ± is one standard error; n = {best["metrics"]["loss"]["n"]} {_windows(report)}
 of {_public(texts["report"])}, calibrated
 {_times(report["gain"]["n_seeds"])}{warning}. The weights here are those of calibration seed
@@ -125,9 +125,11 @@ def _rounded(best: Mapping[str, Any]) -> str:
 
 def settings(spec: Mapping[str, Any]) -> str:
     """The part of the spec that decides results, as TOML that can be read back."""
+    sections = ["model", "data", "prune", "calibration", "evaluation", "search"]
+    sections += ["recovery"] if spec.get("recovery", {}).get("steps") else []
     return "\n".join(
         f"{section}.{key} = {toml_value(value)}"
-        for section in ("model", "data", "prune", "calibration", "evaluation", "search")
+        for section in sections
         for key, value in spec[section].items()
         if (section, key) != ("search", "storage")  # a view, whose URL may hold a password
     )
@@ -171,6 +173,16 @@ def _rows(report: Mapping[str, Any]) -> str:
             cells = [plus_minus(v["mean"], v["stderr"]) if v else "" for v in values]
             rows.append([side, *cells, f"{100 * report[side].get('sparsity', 0):.2f} %"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _recovered(report: Mapping[str, Any]) -> str:
+    """That the weights are those after a fine-tune, and what they give."""
+    if not (recovery := report.get("recovery")):
+        return ""
+    return (
+        "\n**The weights here were fine-tuned after pruning**; the table above is of the models as "
+        f"they were pruned. {recovery['conclusion']}\n"
+    )
 
 
 def _windows(report: Mapping[str, Any]) -> str:

@@ -291,8 +291,9 @@ class _Sweep:
             lost[producer.matrix] = producer.rows(gone)
             producer.matrix.weight()[lost[producer.matrix]] = 0
         for matrix, mask in lost.items():
-            zeros = matrix.params // mask.numel() * int(mask.sum())
-            update = {"zeros": zeros, "rate": zeros / matrix.params}
+            weight = matrix.weight()
+            zeros = int(weight.numel() - weight.count_nonzero())
+            update = {"zeros": zeros, "rate": float(mask.float().mean())}
             self.outcome.matrices.append(self.asked.records[matrix].model_copy(update=update))
         self.outcome.removed.append((units, gone))
 
