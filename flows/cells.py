@@ -1,4 +1,4 @@
-"""The cells of a comparison: one spec for each model, sparsity, method and allocation.
+"""The cells of a comparison: one spec for each model, sparsity and bits, method and allocation.
 
 cells_of(load_spec("flows/specs/compare_smollm2.toml"))[0].name   # smollm2-135m_wanda_owl_0.6
 """
@@ -9,14 +9,19 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
+
+from infra.bits import ROUNDING
 from infra.errors import UserError
 from infra.specs import CompareSpec, PruneSpec, Spec
 from infra.store import RunStore
 from infra.study_files import StudySpec
 from tasks.allocation import ALLOCATIONS, NOT_REPRODUCED, allocation_named
-from tasks.methods import method_named
+from tasks.methods import check_pattern
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Cell:
 def cells_of(spec: Spec, folder: Path | None = None) -> list[Cell]:
     """All cells, those of one model together, so that a worker loads it once.
 
-    Raises UserError for a name that is misspelt; an allocation not reproduced has its cells.
+    A method that only rounds has no sparsity, so it has cells for the bits alone. Raises UserError
+    for a name that is misspelt; an allocation that is not reproduced has its cells.
     """
     compare, prune = spec.compare, spec.prune
     folder = folder or Path(spec.run.dir)
@@ -49,23 +55,27 @@ def cells_of(spec: Spec, folder: Path | None = None) -> list[Cell]:
         if allocation not in NOT_REPRODUCED:
             allocation_named(allocation)
     for method in methods.values():
-        method_named(method)
-    sparsities = dict.fromkeys(compare.sparsities or [prune.sparsity])
+        check_pattern(method, prune.pattern)
+    sparsities = list(dict.fromkeys(compare.sparsities or [prune.sparsity]))
+    bits = dict.fromkeys(compare.bits or [prune.bits])
+    mixed = prune.method in ROUNDING and not set(methods.values()) <= set(ROUNDING)
+    if mixed and not compare.sparsities:
+        raise UserError("compare.methods has methods that remove weights: add compare.sparsities")
     return [
         Cell(
-            name := f"{model}_{method}_{allocation}_{sparsity:g}",
+            name := f"{model}_{method}_{allocation}_{_goal(methods[method], sparsity, each)}",
             model,
             spec.model_copy(
                 update={
                     "model": spec.model.model_copy(update={"source": models[model]}),
-                    "prune": prune.model_copy(
-                        update={
-                            "method": methods[method],
-                            "allocation": allocations[allocation],
-                            "sparsity": sparsity,
-                            "beta": 0.0,
-                            "parameters": _own(prune, allocations[allocation]),
-                        }
+                    "prune": _changed(
+                        prune,
+                        method=methods[method],
+                        allocation=allocations[allocation],
+                        sparsity=sparsity,
+                        bits=each,
+                        beta=0.0,
+                        parameters=_own(prune, allocations[allocation]),
                     ),
                     "compare": CompareSpec(checkpoints=compare.checkpoints),
                     "run": spec.run.model_copy(update={"dir": str(folder / name)}),
@@ -73,8 +83,9 @@ def cells_of(spec: Spec, folder: Path | None = None) -> list[Cell]:
             ),
         )
         for model in models
-        for sparsity in sparsities
+        for sparsity, each in product(sparsities, bits)
         for method in methods
+        if methods[method] not in ROUNDING or sparsity == sparsities[0]
         for allocation in allocations
     ]
 
@@ -125,7 +136,8 @@ def earlier_cells(spec: Spec, asked: Sequence[Cell], folder: Path) -> list[Cell]
                 models=[earlier.model.source],
                 methods=[prune.method],
                 allocations=[prune.allocation],
-                sparsities=[prune.sparsity],
+                sparsities=[] if prune.method in ROUNDING else [prune.sparsity],
+                bits=[prune.bits] if prune.bits else [],
             )
             (cell,) = cells_of(spec.model_copy(update={"compare": lists}), folder)
         except UserError:  # of another version
@@ -135,6 +147,24 @@ def earlier_cells(spec: Spec, asked: Sequence[Cell], folder: Path) -> list[Cell]
             spec_of_run = cell.spec.model_copy(update={"run": run})
             found.append(Cell(name, name.partition("_")[0], spec_of_run))
     return found
+
+
+def _goal(method: str, sparsity: float, bits: float) -> str:
+    """0.6; 3bits; 0.5_4bits."""
+    zeros = [] if method in ROUNDING else [f"{sparsity:g}"]
+    return "_".join([*zeros, *([f"{bits:g}bits"] if bits else [])])
+
+
+def _changed(prune: PruneSpec, **update: Any) -> PruneSpec:
+    """The section with other values; raises UserError where they do not go together."""
+    values = prune.model_dump() | update
+    if update["method"] in ROUNDING:  # the rate follows from the bits
+        del values["sparsity"]
+        values["pattern"] = "unstructured"
+    try:
+        return PruneSpec.model_validate(values)
+    except ValidationError as error:
+        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
 def _own(prune: PruneSpec, allocation: str) -> dict[str, float]:

@@ -177,7 +177,11 @@ def memory_bytes(model: ModelRecord, trial: TrialSpec) -> int:
     states = trial.windows * context * (4 if trial.error_curves else 1)
     kept = sum(model.block_params()) if trial.checkpoint else max(model.block_params())
     logits = 2 * max(model.batch_tokens, context) * model.outputs
-    return size * (calibrating + states * model.width + kept + logits)
+    trained = 0
+    if trial.recovery:  # a copy of each weight, its gradient and two moments, in float32
+        kept, logits = sum(model.block_params()), 3 * logits
+        trained = 16 * kept if trial.recovery.method == "full" else 0
+    return size * (calibrating + states * model.width + kept + logits) + trained
 
 
 def _print(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> None:
@@ -229,9 +233,7 @@ def _facts(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> dict[str, 
 def _what(spec: Spec, answer: dict[str, Any]) -> dict[str, str]:
     """What is pruned how: one allocation, or the cells of a comparison and those refused."""
     if answer["cells"] == 1:
-        return {
-            "allocation": f"{spec.prune.allocation} at {100 * spec.prune.sparsity:g} % sparsity"
-        }
+        return {"allocation": f"{spec.prune.allocation} at {spec.prune.goal}"}
     causes: dict[str, list[str]] = {}
     for name, cause in answer["refused"].items():
         causes.setdefault(cause, []).append(name)

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         print(f"sparseramp: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        runs = options.name in ("search", "prune", "compare", "study")
+        runs = options.name in ("search", "prune", "compare", "study", "recover")
         promise = "; the same command goes on where it left off" if runs else ""
         print(f"sparseramp: stopped{promise}", file=sys.stderr)
         sys.exit(130)
@@ -90,8 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("check", _check, "spec", "resolve everything a spec names and say what would run where")
     add("evaluate", _evaluate, "checkpoint", "measure a saved checkpoint on its report split")
+    add("recover", _recover, "checkpoint", "fine-tune a saved checkpoint, keeping every zero")
     add("speed", _speed, "checkpoint", "time a saved checkpoint on every engine that runs here")
     pack = add("pack", _pack, "checkpoint", "store a saved checkpoint without its zeros", False)
+    pack.add_argument("--format", choices=["packed", "compressed-tensors"], default="packed")
     pack.add_argument("destination", nargs="?", metavar="DESTINATION", help="a new folder")
     add("report", _report, "run", "make the report of a run again from its files", False)
     board = add("dashboard", _dashboard, "run", "show a run in Optuna's dashboard", False)
@@ -198,6 +200,12 @@ def _report(options: argparse.Namespace) -> None:
 
         _show_leaderboard(write_leaderboard(Path(options.run)), options.run, options.json)
         return
+    if command == "recover":
+        from flows.recover import kept_recovery, print_recovery
+
+        found = kept_recovery(Path(options.run))
+        print(json.dumps(found)) if options.json else print_recovery(found)
+        return
     if command == "compare":
         _show_comparison(write_comparison(Path(options.run)), options.run, options.json)
         return
@@ -206,13 +214,14 @@ def _report(options: argparse.Namespace) -> None:
 
 def _show(report: dict[str, Any], run: str, as_json: bool) -> None:
     if as_json:
-        keys = ("metrics", "beta", "tilt", "sparsity")
+        keys = ("metrics", "beta", "tilt", "sparsity", "bits")
         sides = {
             name: {key: report[name][key] for key in keys if key in report[name]}
             for name in ("dense", "uniform", "best")
             if report[name]
         }
-        print(json.dumps({"kind": "result", "run": run, **sides, "gain": report["gain"]}))
+        line = {"kind": "result", "run": run, **sides, "gain": report["gain"]}
+        print(json.dumps(line | ({"recovery": told} if (told := report["recovery"]) else {})))
         return
     from flows.summary import print_summary
 
@@ -252,6 +261,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     evaluate(Path(options.checkpoint), options.overrides, as_json=options.json)
 
 
+def _recover(options: argparse.Namespace) -> None:
+    from flows.recover import recover
+
+    recover(Path(options.checkpoint), options.overrides, as_json=options.json)
+
+
 def _speed(options: argparse.Namespace) -> None:
     from flows.speed import speed
 
@@ -262,7 +277,8 @@ def _pack(options: argparse.Namespace) -> None:
     from flows.pack import pack_checkpoint
 
     destination = Path(options.destination) if options.destination else None
-    pack_checkpoint(Path(options.checkpoint), destination, as_json=options.json)
+    format_ = options.format
+    pack_checkpoint(Path(options.checkpoint), destination, format=format_, as_json=options.json)
 
 
 def _dashboard(options: argparse.Namespace) -> None:

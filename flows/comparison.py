@@ -85,14 +85,14 @@ def print_comparison(comparison: Comparison, run: str) -> None:
         console.width = 200  # in a file, nothing has to fit a screen
     rows = comparison["rows"]
     columns, words = _table(rows)
-    for model, sparsity in dict.fromkeys((row["model"], row["sparsity"]) for row in rows):
-        table = Table(title=f"{model} at {100 * sparsity:g} % sparsity", title_justify="left")
+    for model, goal in dict.fromkeys((row["model"], row["goal"]) for row in rows):
+        table = Table(title=f"{model} at {goal}", title_justify="left")
         shown = [c for c in columns[2:] if c not in WIDE or console.width >= 150]
         for column in shown:
             left = column in WHAT or column == REST[-1]
             table.add_column(column, justify="left" if left else "right", no_wrap=True)
         for row, cells in zip(rows, words, strict=True):
-            if (row["model"], row["sparsity"]) == (model, sparsity):
+            if (row["model"], row["goal"]) == (model, goal):
                 outcome = row.get("verdict", row["state"]) + ("" if row["asked"] else EARLIER)
                 named = dict(zip(columns, cells, strict=True)) | {"outcome": outcome}
                 table.add_row(*(named[column] for column in shown))
@@ -128,7 +128,8 @@ def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _words(row: Row, metrics: Sequence[str]) -> list[str]:
-    words = [row["model"], f"{100 * row['sparsity']:g} %", row["method"], row["allocation"]]
+    goal = row["goal"].removesuffix(" sparsity")
+    words = [row["model"], goal, row["method"], row["allocation"]]
     if row["state"] != "complete":
         empty = len(WHAT) + len(metrics) + len(REST) - len(words) - 1
         return [*words, *[""] * empty, f"{row['state']}: {row['cause']}"]
@@ -155,6 +156,8 @@ def row_of(cell: Cell) -> Row:
         "modality": cell.spec.model.modality,
         "source": cell.spec.model.source,
         "sparsity": prune.sparsity,
+        "bits": prune.bits,
+        "goal": prune.goal,
         "method": prune.method,
         "allocation": prune.allocation,
         "asked": True,
@@ -177,11 +180,12 @@ def _finished(cell: Cell, store: RunStore, report: dict[str, Any]) -> Row:
         "label": best["label"],
         **{key: best[key] for key in ("beta", "tilt")},
         "realised": best["sparsity"],
+        "realised_bits": best["bits"],
         "blocks": len(report["model"]["blocks"]),
         "family": report["model"]["architecture"],
         "peak_memory_bytes": report["cost"]["peak_memory_bytes"],
         "rates": [min(rates), max(rates)],
-        "metrics": best["metrics"],
+        "metrics": best["metrics"] | _recovered(report),
         "headline": report["headline"],
         "windows": report["windows"],
         "relative_loss": _relative_loss(results, report),
@@ -193,6 +197,12 @@ def _finished(cell: Cell, store: RunStore, report: dict[str, Any]) -> Row:
         "used_s": sum(result.cost.used_s for result in results),
         **_verdict(cell, report),
     }
+
+
+def _recovered(report: dict[str, Any]) -> dict[str, Any]:
+    """The headline metric of the best model after its fine-tune, where there was one."""
+    recovery, name = report.get("recovery"), report["headline"]
+    return {f"recovered {name}": recovery["best"]["after"][name]} if recovery else {}
 
 
 def _verdict(cell: Cell, report: dict[str, Any]) -> dict[str, str]:
@@ -258,15 +268,15 @@ def _search_cost(cell: Cell, model: ModelRecord | None, results: Sequence[TrialR
 def _plots(rows: Sequence[Row]) -> dict[str, tuple[str, Figure]]:
     """Title and figure by the id of its element."""
     plots: dict[str, tuple[str, Figure]] = {}
-    for model, sparsity in dict.fromkeys((row["model"], row["sparsity"]) for row in rows):
-        inside = [r for r in rows if (r["model"], r["sparsity"]) == (model, sparsity)]
-        title = f"{model} at {100 * sparsity:g} %: gain over uniform"
+    for model, goal in dict.fromkeys((row["model"], row["goal"]) for row in rows):
+        inside = [r for r in rows if (r["model"], r["goal"]) == (model, goal)]
+        title = f"{model} at {goal.removesuffix(' sparsity')}: gain over uniform"
         if any(row.get("verdict", "baseline") != "baseline" for row in inside):
             plots[f"plot{len(plots)}"] = title, _gains(inside)
     if len({row["model"] for row in rows}) > 1:
-        for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
-            inside = [r for r in rows if r["sparsity"] == sparsity and r["state"] == "complete"]
-            title = f"Models at {100 * sparsity:g} %: loss relative to dense"
+        for goal in dict.fromkeys(row["goal"] for row in rows):
+            inside = [r for r in rows if r["goal"] == goal and r["state"] == "complete"]
+            title = f"Models at {goal.removesuffix(' sparsity')}: loss relative to dense"
             plots[f"plot{len(plots)}"] = title, _across(inside)
     return plots
 

@@ -69,6 +69,7 @@ def description_of(spec: Spec) -> str:
     """What decides the description of a model: all that its trials read, whatever they prune."""
     search = {"objective", "protocol"}
     fields = {"model": True, "data": True, "calibration": True, "evaluation": True}
+    fields |= {"recovery": True}
     return spec.model_dump_json(include={**fields, "search": search})
 
 

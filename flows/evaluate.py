@@ -145,6 +145,13 @@ def spec_of(checkpoint: Path, overrides: list[str], *, needs_data: bool = True) 
     return parse_spec(raw, str(checkpoint))
 
 
+def saved_facts(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of how it was made; {} where it says nothing."""
+    facts = checkpoint / SPARSITY_FILE
+    found: dict[str, Any] = json.loads(facts.read_text("utf-8")) if facts.is_file() else {}
+    return found
+
+
 def _is_timm(config: Path) -> bool:
     try:
         return "architecture" in json.loads(config.read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from infra.bits import ROUNDING, bits_of
 from tasks.statistics import label, plus_minus
 
 Figure = dict[str, Any]
@@ -21,10 +22,12 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
     sides = ["uniform"] if report["best"]["uniform"] else ["uniform", "best"]
     metric = report["spec"]["search"]["objective"]
     model = report["model"]
-    rates = [
-        _line(side, model, report[side]["block_rates"], "%{y:.2%} zeros in %{text}")
-        for side in sides
-    ]
+    rounds = report["spec"]["prune"]["method"] in ROUNDING
+    shown = {side: report[side]["block_rates"] for side in sides}
+    if rounds:
+        shown = {side: [bits_of(rate) for rate in rates] for side, rates in shown.items()}
+    hover = "%{y:.3f} bits in %{text}" if rounds else "%{y:.2%} zeros in %{text}"
+    rates = [_line(side, model, values, hover) for side, values in shown.items()]
     errors = [
         _line(side, model, [e["relative"] for e in curve], "relative error %{y:.3g} after %{text}")
         for side, curve in ((side, report["errors"][side]) for side in sides)
@@ -39,6 +42,8 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
         if any(sizes := [relative_part(e, what) or None for e in report["errors"][side]])
     ]
     shares = {"title": {"text": "share of zeros"}, "tickformat": ".0%", "range": _room(rates)}
+    if rounds:
+        shares = {"title": {"text": "bits per weight"}}
     ratio = {"title": {"text": "‖H − H̃‖ / ‖H‖"}, "type": "log", "tickformat": ".2~g"}
     return {
         "loss": _figure(
@@ -52,6 +57,7 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
         "errors": _by_block(errors, model, ratio | _ticks(errors)),
         "split": _by_block(split, model, ratio | {"title": {"text": "part / ‖H‖"}} | _ticks(split)),
         "speed": _speed(report["speed"]),
+        "recovery": _recovery(report.get("recovery"), sides),
     }
 
 
@@ -59,6 +65,23 @@ def relative_part(error: dict[str, Any], part: str) -> float:
     """The norm of what a block makes or carries, over that of its dense output."""
     share = error[part] / error["absolute"] if error["absolute"] else 0.0
     return float(error["relative"] * share**0.5)
+
+
+def _recovery(recovery: dict[str, Any] | None, sides: list[str]) -> Figure:
+    """The loss of every training batch, by step; batches differ in difficulty."""
+    curves = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": side,
+            "x": list(range(1, len(recovery[side]["losses"]) + 1)),
+            "y": recovery[side]["losses"],
+            "line": {"color": COLOURS[side], "width": 1.5},
+        }
+        for side in (sides if recovery else [])
+        if recovery
+    ]
+    return _figure(curves, "step", {"title": {"text": "training loss, nats"}})
 
 
 def _speed(speed: dict[str, Any] | None) -> Figure:

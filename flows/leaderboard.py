@@ -24,6 +24,7 @@ from flows.comparison import NOT_BEGUN, STOPPED, UNFINISHED, Row, row_of
 from flows.figures import RUNG_COLOURS, Figure
 from flows.live import duration
 from flows.report import page
+from infra.bits import ROUNDING
 from infra.errors import UserError
 from infra.store import RunStore, write_atomic
 from infra.study_files import StudySpec
@@ -31,7 +32,18 @@ from tasks.statistics import plus_minus
 
 STUDY = "study.json"  # the study as it was read
 COLUMNS = ["cell", "model", "modality", "family", "blocks", "method", "allocation", "sparsity"]
-COLUMNS += ["realised", "state", "verdict", "cause", "headline", "dense", "uniform", "best"]
+COLUMNS += [
+    "bits",
+    "realised",
+    "realised_bits",
+    "state",
+    "verdict",
+    "cause",
+    "headline",
+    "dense",
+    "uniform",
+    "best",
+]
 COLUMNS += ["gain", "gain_stderr", "gain_low", "gain_high", "gain_unit", "beta", "tilt", "trials"]
 COLUMNS += ["used_s", "peak_memory_bytes", "priority", "report"]
 # Columns that a narrow terminal may lack, those that are kept longest first.
@@ -74,7 +86,8 @@ class Leaderboard:
         self.rows: dict[str, Row] = {}
         for cell in cells:
             row = earlier.get(cell.name, {})
-            is_new = not row or row["state"] != "complete" or row["stamp"] != _stamp(cell)
+            is_new = row.get("state") != "complete" or row["stamp"] != _stamp(cell)
+            is_new = is_new or "goal" not in row  # of an earlier version
             self.rows[cell.name] = _row(cell) if is_new else row | {"priority": cell.priority}
 
     def update(self, name: str) -> None:
@@ -106,7 +119,7 @@ class Leaderboard:
             "leaderboard.html",
             page=board,
             study=self.store.dir.resolve().name,
-            words=[_words(row) for row in rows],
+            words=[_words(row, _recovers(rows)) for row in rows],
             plots=plots,
             figures={name: figure for name, (_, figure) in plots.items()},
         )
@@ -148,7 +161,8 @@ def _row(cell: Cell) -> Row:
 
 def _csv(rows: Sequence[Row]) -> str:
     file = io.StringIO()
-    table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    columns = [*COLUMNS, *(["recovered"] if _recovers(rows) else [])]
+    table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     for row in rows:
         gain = row.get("gain", {})
@@ -156,7 +170,7 @@ def _csv(rows: Sequence[Row]) -> str:
             row
             | {side: _headline(row, side).get("mean", "") for side in ("dense", "uniform", "best")}
             | {f"gain_{key}": gain.get(key, "") for key in ("stderr", "low", "high", "unit")}
-            | {"gain": gain.get("mean", "")}
+            | {"gain": gain.get("mean", ""), "recovered": _recovered(row).get("mean", "")}
         )
     return file.getvalue()
 
@@ -168,12 +182,23 @@ def _headline(row: Row, side: str) -> dict[str, Any]:
     return found
 
 
-def _words(row: Row) -> dict[str, str]:
+def _recovers(rows: Sequence[Row]) -> bool:
+    """Whether any best model was fine-tuned."""
+    return any(name.startswith("recovered ") for row in rows for name in row.get("metrics") or ())
+
+
+def _recovered(row: Row) -> dict[str, Any]:
+    """The headline metric of the best model after its fine-tune; empty where there was none."""
+    found: dict[str, Any] = (row.get("metrics") or {}).get(f"recovered {row.get('headline')}", {})
+    return found
+
+
+def _words(row: Row, with_recovered: bool) -> dict[str, str]:
     """A row as it is shown, by heading."""
     sides = {side: _headline(row, side) for side in ("dense", "uniform", "best")}
     shown = {
         "model": row["model"],
-        "sparsity": f"{100 * row['sparsity']:g} %",
+        "sparsity": row["goal"].removesuffix(" sparsity"),
         "method": row["method"],
         "allocation": row["allocation"],
         **{side: plus_minus(m["mean"], m["stderr"]) if m else "" for side, m in sides.items()},
@@ -181,18 +206,28 @@ def _words(row: Row) -> dict[str, str]:
     }
     gain = row.get("gain")
     measured = gain is not None and row["verdict"] != "baseline"
-    return shown | {
-        "gain": f"{gain['mean']:.3f} {gain['unit']}" if gain and measured else "",
-        "95 % interval": f"{gain['low']:.3f} to {gain['high']:.3f}" if gain and measured else "",
-        "beta": f"{row['beta']:.3g}" if "beta" in row else "",
-        "tilt": f"{row['tilt']:.2f}" if "tilt" in row else "",
-        "trials": str(row["trials"]),
-        "used": duration(row["used_s"]),
-        "memory": f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if row["peak_memory_bytes"] else "",
-        "outcome": row["cause"] or row.get("verdict", row["state"])
-        if row["state"] == "complete"
-        else f"{row['state']}: {row['cause']}",
-    }
+    recovered = _recovered(row)
+    after = plus_minus(recovered["mean"], recovered["stderr"]) if recovered else ""
+    return (
+        shown
+        | ({"recovered": after} if with_recovered else {})
+        | {
+            "gain": f"{gain['mean']:.3f} {gain['unit']}" if gain and measured else "",
+            "95 % interval": f"{gain['low']:.3f} to {gain['high']:.3f}"
+            if gain and measured
+            else "",
+            "beta": f"{row['beta']:.3g}" if "beta" in row else "",
+            "tilt": f"{row['tilt']:.2f}" if "tilt" in row else "",
+            "trials": str(row["trials"]),
+            "used": duration(row["used_s"]),
+            "memory": f"{row['peak_memory_bytes'] / 1e9:.2f} GB"
+            if row["peak_memory_bytes"]
+            else "",
+            "outcome": row["cause"] or row.get("verdict", row["state"])
+            if row["state"] == "complete"
+            else f"{row['state']}: {row['cause']}",
+        }
+    )
 
 
 def _plots(rows: Sequence[Row]) -> dict[str, tuple[str, Figure]]:
@@ -203,7 +238,9 @@ def _plots(rows: Sequence[Row]) -> dict[str, tuple[str, Figure]]:
         inside = [row for row in gains if row["gain"]["unit"] == unit]
         for key, title in (("sparsity", "sparsity"), ("blocks", "depth, in blocks")):
             name = f"Gain over uniform against {title}"
-            plots[f"plot{len(plots)}"] = name, _gains(inside, key, title, unit)
+            shown = [r for r in inside if key == "blocks" or r["method"] not in ROUNDING]
+            if shown:
+                plots[f"plot{len(plots)}"] = name, _gains(shown, key, title, unit)
     searched = [row for row in gains if row["allocation"] == "arithmetic"]
     if searched:
         plots[f"plot{len(plots)}"] = "Best tilt by family", _tilts(searched)
@@ -286,7 +323,7 @@ def print_leaderboard(board: dict[str, Any], folder: str) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200
-    rows = [_words(row) for row in board["rows"]]
+    rows = [_words(row, _recovers(board["rows"])) for row in board["rows"]]
     table = Table(
         title=f"{len(rows)} cells, {duration(board['used_s'])} used", title_justify="left"
     )

@@ -191,8 +191,7 @@ class Board:
             times += ", time left not known yet" if left is None else f", about {_rough(left)} left"
             if left is not None and self.spec.evaluation.tasks:  # they are no token passes
                 times += ", without lm-eval's tasks"
-        sparsity = f"{100 * self.spec.prune.sparsity:g} % sparsity"
-        grid.add_row("model", Text(f"{self.spec.model.source}, {sparsity}"))
+        grid.add_row("model", Text(f"{self.spec.model.source}, {self.spec.prune.goal}"))
         grid.add_row("stage", Text(self.stage, style="bold"))
         grid.add_row("progress", bar)
         grid.add_row("best", self.best())

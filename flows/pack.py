@@ -1,7 +1,8 @@
-"""A saved checkpoint in the space of its nonzero weights, for storing and sending.
+"""A saved checkpoint in the space of its nonzero weights, and of their bits, to store and send.
 
 sparseramp pack runs/quickstart/best
 sparseramp evaluate runs/quickstart/best-packed
+sparseramp pack runs/quantise/best --format compressed-tensors
 """
 
 from __future__ import annotations
@@ -15,14 +16,23 @@ from flows.evaluate import checkpoint_folder
 
 
 def pack_checkpoint(
-    checkpoint: Path, destination: Path | None = None, *, as_json: bool = False
+    checkpoint: Path,
+    destination: Path | None = None,
+    *,
+    format: str = "packed",
+    as_json: bool = False,
 ) -> dict[str, Any]:
-    """Pack a checkpoint, beside it where no destination is given; prints what that saved."""
+    """Pack a checkpoint, beside it where no destination is given; prints what that saved.
+
+    `format` is packed, or compressed-tensors, which other libraries read.
+    """
     from tasks.packed import pack
 
     checkpoint_folder(checkpoint)
     whole = checkpoint.resolve()
-    destination = destination or whole.with_name(f"{whole.name}-packed")
+    destination = destination or whole.with_name(f"{whole.name}-{format}")
+    if format != "packed":
+        return _export(checkpoint, destination, as_json=as_json)
     sizes = pack(checkpoint, destination)
     answer = {
         "checkpoint": str(checkpoint),
@@ -45,7 +55,25 @@ def pack_checkpoint(
         ratio = f"{packed / dense:.3f}" if dense else "-"
         print(f"  {name:<24} {_mib(dense)} -> {_mib(packed)}  {ratio} of dense")
     print(f"  zeros in packed tensors  {100 * sizes.sparsity:.1f} %")
+    if sizes.bits:
+        print(f"  bits per rounded weight  {sizes.bits:.3f}, scales and all else counted")
     print(f"  bound of all files       {sizes.file_bound:.3f}, since the rest stays dense")
+    return answer
+
+
+def _export(checkpoint: Path, destination: Path, *, as_json: bool) -> dict[str, Any]:
+    from tasks.export import export
+
+    sizes = export(checkpoint, destination)
+    answer = {"checkpoint": str(checkpoint), "packed": str(destination), **sizes}
+    if as_json:
+        print(json.dumps(answer))
+        return answer
+    dense, packed = sizes["file_dense_bytes"], sizes["file_bytes"]
+    print(f"{checkpoint} exported to {destination}, loaded with compressed-tensors and compared")
+    print(
+        f"  all files of weights     {_mib(dense)} -> {_mib(packed)}  {packed / dense:.3f} of dense"
+    )
     return answer
 
 

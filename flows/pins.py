@@ -6,10 +6,11 @@ spec = pin(spec)
 
 from infra.checkpoints import inspect_checkpoint, refuse_unfit
 from infra.errors import UserError
+from infra.recovery_spec import RecoverySpec
 from infra.sources import fetch, listed, pinned
 from infra.specs import MISSING_SOURCE, ModelSpec, Spec
 from tasks.allocation import allocation_named
-from tasks.methods import method_named
+from tasks.methods import check_pattern
 
 
 def refuse(spec: Spec) -> None:
@@ -17,15 +18,20 @@ def refuse(spec: Spec) -> None:
     data, prune = spec.data, spec.prune
     if not data.source and not (data.calibration and data.selection and data.report):
         raise UserError(MISSING_SOURCE)
-    if prune.sparsity == 0:
+    if prune.sparsity == 0 and not prune.bits:
         raise UserError("prune.sparsity=0 prunes nothing: give the share of zeros, such as 0.6")
     allocation_named(prune.allocation)
-    method_named(prune.method)
+    check_pattern(prune.method, prune.pattern)
     if prune.pattern[0].isdigit() and prune.allocation != "uniform":
         kept, size = map(int, prune.pattern.split(":"))
         raise UserError(
             f"prune.pattern={prune.pattern} fixes the rate of every matrix: set "
             f"prune.allocation=uniform and prune.sparsity={1 - kept / size:g}"
+        )
+    if spec.recovery.workers > 1:
+        raise UserError(
+            f"recovery.workers={spec.recovery.workers}: a search recovers on one worker; let it "
+            "end, then give sparseramp recover RUN/best"
         )
     if data.cut == "whole" and spec.search.protocol != "paper":
         raise UserError("data.cut='whole' does not keep splits apart: use search.protocol='paper'")
@@ -51,7 +57,14 @@ def pin(spec: Spec) -> Spec:
         "report": pinned(data.source_of("report"), "dataset"),
     }
     data = data.model_copy(update=sources)
-    return spec.model_copy(update={"model": model, "data": data})
+    recovery = pin_recovery(spec.recovery)
+    return spec.model_copy(update={"model": model, "data": data, "recovery": recovery})
+
+
+def pin_recovery(recovery: RecoverySpec) -> RecoverySpec:
+    """The same with the exact revision of its source."""
+    source = recovery.source and pinned(recovery.source, "dataset")
+    return recovery.model_copy(update={"source": source})
 
 
 def _pin_model(model: ModelSpec) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.errors import UserError, nearest
-from infra.records import ModelRecord, TrialResult, TrialSpec
+from infra.records import PASSES, ModelRecord, TrialResult, TrialSpec
 from infra.samplers import grid, propose
 from infra.specs import ModelSpec, PruneSpec, Spec
 from tasks.allocation import bounds_of, measuring_windows, values_of, with_values
@@ -89,6 +89,7 @@ def final_wave(
             **_tasks(spec, spec.evaluation.tasks),
             error_curves=repeat == 0,
             checkpoint=repeat == 0 and candidate is sides[-1],
+            recovery=spec.recovery if spec.recovery.steps and repeat == 0 else None,
         )
         for repeat in range(spec.evaluation.calibration_seeds)
         for candidate in sides
@@ -141,7 +142,12 @@ def token_passes(trial: TrialSpec) -> int:
     passes = 2 if trial.prune.pause == "block" else 1
     if trial.prune.method == "pruner-zero":
         passes += 3  # a forward and a backward of the dense model
-    return calibration * passes + evaluation * (3 if trial.error_curves else 1)
+    passes_in_all = calibration * passes + evaluation * (3 if trial.error_curves else 1)
+    if trial.recovery:
+        windows = trial.recovery.steps * trial.recovery.batch
+        passes_in_all += PASSES * _tokens(windows, trial.recovery.length, trial.model)
+        passes_in_all += evaluation
+    return passes_in_all
 
 
 def measuring_passes(spec: Spec, model: ModelRecord) -> int:

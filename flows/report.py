@@ -31,6 +31,7 @@ from flows.measures import (
     sampled,
 )
 from flows.pictures import pictures
+from flows.recovered import recovery_of
 from flows.speed import kept_speed
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult
@@ -96,6 +97,7 @@ def build_report(
     dense = dense_metrics_of([r for r in done if r.spec.stage == "final"], model.unit)
     report: Report = {
         "command": "search" if searched else "prune",
+        "goal": spec.prune.goal,
         "protocol": spec.search.protocol,
         "number": next(iter(bounds_of(spec.prune, model.matrices)), "beta"),
         "headline": headline(list(sides["best"]["metrics"]), objective),
@@ -120,6 +122,7 @@ def build_report(
         },
         "pictures": [],
         "speed": None,
+        "recovery": recovery_of(uniform, best, objective=objective, unit=model.unit),
         "trials": _trials(results, done, objective),
         **_errors(uniform, best, gain, model),
         "spec": spec.model_dump(mode="json"),
@@ -169,6 +172,7 @@ def _finals(results: Sequence[TrialResult]) -> tuple[list[TrialResult], list[Tri
 def _side(side: Sequence[TrialResult], unit: str) -> dict[str, Any]:
     """Metrics over all seeds; rates and zeros of the first, which is the one that is saved."""
     first = side[0]
+    params = sum(m.params for m in first.matrices)
     return {
         "beta": first.beta,
         "tilt": first.tilt,
@@ -176,7 +180,8 @@ def _side(side: Sequence[TrialResult], unit: str) -> dict[str, Any]:
         "numbers": first.numbers,
         "label": first.spec.prune.label,
         "uniform": _is_uniform(first),
-        "sparsity": sum(m.zeros for m in first.matrices) / sum(m.params for m in first.matrices),
+        "sparsity": sum(m.zeros for m in first.matrices) / params,
+        "bits": sum(m.bits * m.params for m in first.matrices) / params,
         "metrics": metrics_of(side, unit),
         "block_rates": first.block_rates,
         "rates": [
@@ -253,21 +258,20 @@ def _conditions(result: TrialResult) -> tuple[str, int, int]:
 
 def _conclusion(report: Report) -> str:
     """What was found, in two or three sentences that hold for these numbers and no others."""
-    gain, best = report["gain"], report["best"]
-    metric = report["headline"]
+    gain, best, metric = report["gain"], report["best"], report["headline"]
     what = metric if metric == "perplexity" else label(metric, best["metrics"][metric])
     what = what.removesuffix(", %")
     before, after = (in_words(report[side]["metrics"][metric]) for side in ("uniform", "best"))
     dense = "dense not measured"
     if report["dense"] and metric in report["dense"]["metrics"]:
         dense = f"dense {in_words(report['dense']['metrics'][metric])}"
-    at = f"{100 * report['spec']['prune']['sparsity']:g} % sparsity"
-    beta = best["label"]
+    at, beta = report["goal"], best["label"]
     if best["allocation"] in ("uniform", "arithmetic"):
         beta = f"beta = {best['beta']:.3g}"
     if best["tilt"]:
         beta += f" (tilt {best['tilt']:.2f})"
-    over = f"{gain['n']} {gain['of']} and {_count(gain['n_seeds'], 'calibration seed')}"
+    over = f"{gain['n']} {gain['of']} and {gain['n_seeds']} calibration seed"
+    over += "" if gain["n_seeds"] == 1 else "s"
     interval = f"95 % interval {gain['low']:.3f} to {gain['high']:.3f}, {over}"
     if best["uniform"]:
         why = "no candidate beat equal rates" if report["command"] == "search" else best["label"]
@@ -293,10 +297,6 @@ def _conclusion(report: Report) -> str:
         what = "text" if report["windows"] == "windows" else report["windows"]
         text += f" Paper protocol: beta was selected on the {what} it is reported on."
     return text
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def render(report: Report) -> str:

@@ -195,7 +195,7 @@ def print_speed(record: SpeedRecord) -> None:
         "",
         "",
         *(
-            "" if engine.baseline else f"{count} of {len(engine.layers)}"
+            "" if not engine.layers or engine.baseline else f"{count} of {len(engine.layers)}"
             for engine, count in zip(ran, encoded, strict=True)
         ),
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from infra.specs import Frozen
+from infra.frozen import Frozen
 
 CGROUP = Path("/sys/fs/cgroup")
 

@@ -46,7 +46,7 @@ def documents(data: DataSpec, split: Split) -> list[str]:
     """
 
     def read(source: str) -> tuple[str, ...]:
-        files = _files_of(source, data.files)
+        files = files_of(source, data.files)
         stamps = tuple(file.stat().st_mtime_ns for file in files)
         return _read(files, stamps, data.column, source)
 
@@ -90,7 +90,7 @@ def whole_text(source: str, column: str = "text", pattern: str = "") -> str:
     The rows of a WikiText file are its lines, as in the hub's tables of it; any other text file
     is returned as it stands.
     """
-    files = _files_of(source, pattern)
+    files = files_of(source, pattern)
     if suffix_of(files[0]) in TABLES or files[0].is_dir():
         return "\n\n".join(_rows(files, column, source))
     text = "".join(_text(file) for file in files)
@@ -191,7 +191,7 @@ def _titles(lines: list[str]) -> list[int]:
     ]
 
 
-def _files_of(source: str, pattern: str) -> tuple[Path, ...]:
+def files_of(source: str, pattern: str) -> tuple[Path, ...]:
     """The files that a source consists of; a folder of `save_to_disk` stands for itself."""
     path = fetch(source, "dataset")
     if path.is_file():

@@ -10,6 +10,10 @@ stored there as two:
     NAME.bits     uint8, ceil(elements / 8): element i, row by row, is bit i % 8 of byte i // 8
     NAME.values   in the dtype of NAME: the elements whose bit is set, in that order
 
+and one whose weights were rounded as its codes (infra/packed_codes.py), if need be beside `.bits`:
+
+    NAME.codes    uint8;  NAME.scales  float16, rows x groups;  NAME.widths  uint8, rows
+
 A bit is set unless all bytes of its element are zero, so that -0.0 and NaN come back as they were.
 `packed.json` states the version, the shape and dtype of every tensor of the model, the number of
 values of those that are packed, and the SHA-256 of the files. The header of `packed.safetensors`
@@ -34,8 +38,9 @@ from filelock import FileLock
 from pydantic import Field, ValidationError, model_validator
 
 from infra.errors import UserError
+from infra.frozen import Frozen
+from infra.packed_codes import Count, PackedCodes
 from infra.sources import cache_dir, sha256_of
-from infra.specs import Frozen
 
 MANIFEST = "packed.json"
 WEIGHTS = "packed.safetensors"
@@ -48,8 +53,6 @@ _LEFT_OUT = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|pkl|pickle|npy|npz|gguf|h5|msgpack|onnx|index\.json)"
 )
 
-Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 48)]
-
 
 class PackedTensor(Frozen):
     """A tensor of the model; one that is stored as it is has no `num_nonzeros`."""
@@ -57,6 +60,7 @@ class PackedTensor(Frozen):
     shape: Annotated[list[Count], Field(max_length=8)]
     dtype: str
     num_nonzeros: Count | None = None
+    codes: PackedCodes | None = None
 
     @property
     def elements(self) -> int:
@@ -71,6 +75,8 @@ class PackedTensor(Frozen):
     @property
     def packed_bytes(self) -> int:
         """What it takes in a packed file."""
+        if self.codes is not None:
+            return self.codes.total_bytes(self.elements)
         if self.num_nonzeros is None:
             return self.dense_bytes
         return -(-self.elements // 8) + self.num_nonzeros * ITEM_BYTES[self.dtype]
@@ -81,13 +87,18 @@ class PackedTensor(Frozen):
             raise ValueError(f"dtype {self.dtype[:20]!r} is not known")
         if (self.num_nonzeros or 0) > self.elements:
             raise ValueError(f"{self.num_nonzeros} values of {self.elements} elements")
+        if (codes := self.codes) is not None:
+            whole = codes.stored <= self.elements if codes.masked else codes.stored == self.elements
+            fits = len(self.shape) > 1 and self.elements and self.elements % codes.rows == 0
+            if not (whole and fits and self.dtype in ("F32", "F16", "BF16")):
+                raise ValueError(f"{codes.stored} codes in {codes.rows} rows do not fit its shape")
         return self
 
 
 class Manifest(Frozen):
     """What `packed.json` says; paths are relative to its folder."""
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1  # 2: it has codes
     tensors: Annotated[dict[str, PackedTensor], Field(min_length=1)]
     sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
 
@@ -114,6 +125,9 @@ class PackedCheckpoint:
     def tensors(self) -> Iterator[tuple[str, PackedTensor, np.ndarray]]:
         """Name, facts and dense bytes (one dimension of uint8) of every tensor, one at a time."""
         for name, tensor in self.manifest.tensors.items():
+            if tensor.codes is not None:
+                yield name, tensor, self._decoded(name, tensor, tensor.codes)
+                continue
             if tensor.num_nonzeros is None:
                 yield name, tensor, self._bytes(name)
                 continue
@@ -131,6 +145,12 @@ class PackedCheckpoint:
             dense[np.flatnonzero(mask)] = self._bytes(f"{name}.values").view(kind)
             yield name, tensor, dense.view(np.uint8)
 
+    def _decoded(self, name: str, tensor: PackedTensor, codes: PackedCodes) -> np.ndarray:
+        try:
+            return codes.decoded(tensor.shape, tensor.dtype, lambda part: self._bytes(name + part))
+        except ValueError as error:
+            raise UserError(f"{self.file} is damaged: {short(name)}: {error}: {_AGAIN}") from None
+
     def _bytes(self, name: str) -> np.ndarray:
         start, stop = self._header[name]["data_offsets"]
         return self._data[start:stop]
@@ -143,7 +163,7 @@ def unpack(folder: Path, destination: Path) -> None:
     """
     packed = PackedCheckpoint(folder)
     dense = {
-        name: tensor.model_copy(update={"num_nonzeros": None})
+        name: tensor.model_copy(update={"num_nonzeros": None, "codes": None})
         for name, tensor in packed.manifest.tensors.items()
     }
     with complete_folder(destination) as made:
@@ -175,7 +195,9 @@ def header_of(tensors: dict[str, PackedTensor], where: Path) -> dict[str, Any]:
     """
     parts: list[tuple[str, str, list[int]]] = []
     for name, tensor in tensors.items():
-        if tensor.num_nonzeros is None:
+        if (codes := tensor.codes) is not None:
+            parts += [(name + p, kind, shape) for p, kind, shape in codes.parts(tensor.elements)]
+        elif tensor.num_nonzeros is None:
             parts.append((name, tensor.dtype, tensor.shape))
         else:
             parts.append((f"{name}.values", tensor.dtype, [tensor.num_nonzeros]))
@@ -247,9 +269,9 @@ def short(name: str) -> str:
 def _manifest(path: Path) -> Manifest:
     raw = _parsed(_read(path, 0), path)
     version = raw.get("version")
-    if type(version) is not int or version != 1:
+    if type(version) is not int or version not in (1, 2):
         raise UserError(
-            f"{path} has version {short(str(version))}, this sparseramp reads 1: update "
+            f"{path} has version {short(str(version))}, this sparseramp reads 1 and 2: update "
             "it, or pack the checkpoint again"
         )
     try:

@@ -12,9 +12,12 @@ from typing import Literal
 from pydantic import Field
 
 from infra.errors import UserError, nearest
-from infra.specs import CalibrationSpec, DataSpec, Frozen, Modality, ModelSpec, PruneSpec
+from infra.frozen import Frozen
+from infra.recovery_spec import RecoverySpec
+from infra.specs import CalibrationSpec, DataSpec, Modality, ModelSpec, PruneSpec
 
 Split = Literal["selection", "report"]
+PASSES = 4  # of a trained token: a forward, once more for its backward, which takes two
 SHOWN = 12  # windows whose answers are kept in words
 LARGEST_EXPONENT = 700.0  # exp of it is 1e304; little more, and it is no number
 
@@ -33,6 +36,7 @@ class MatrixRecord(Frozen):
     tower: str = Field("", description="of a multimodal model, what the block is a part of")
     rate: float = 0.0
     zeros: int = 0
+    bits: float = Field(0.0, description="per weight, scales counted; 0: it was not rounded")
 
 
 class ModelRecord(Frozen):
@@ -97,6 +101,7 @@ class TrialSpec(Frozen):
     task_data: str = ""
     error_curves: bool = Field(False, description="a dense copy rides along")
     checkpoint: bool = Field(False, description="save the pruned model and verify it")
+    recovery: RecoverySpec | None = Field(None, description="fine-tune it, and measure it again")
 
 
 class BlockError(Frozen):
@@ -111,6 +116,19 @@ class BlockError(Frozen):
     cross: float = Field(0.0, description="absolute - made - carried: twice their inner product")
     gain: float = Field(0.0, description="sqrt(carried / absolute of the block before)")
     damage: float = Field(0.0, description="made, relative to ||H||^2")
+
+
+class RecoveryRecord(Frozen):
+    """What a fine-tune did, and that it kept the mask."""
+
+    method: Literal["lora", "full"]
+    steps: int
+    tokens: int = Field(description="trained on, padding included; images where there are any")
+    trained_params: int
+    zeros_before: int = Field(description="in the prunable matrices")
+    zeros_after: int
+    losses: list[float] = Field(description="nats per scored unit, one per step")
+    seconds: float
 
 
 class Cost(Frozen):
@@ -150,6 +168,9 @@ class TrialResult(Frozen):
     answers: list[str] = Field(default=[], description="to the first windows, in words")
     dense_answers: list[str] = []
     expected: list[str] = Field(default=[], description="the right answers")
+    recovered_losses: list[float] = Field(default=[], description="`losses` after the fine-tune")
+    recovered_scores: dict[str, list[float]] = {}
+    recovery: RecoveryRecord | None = None
     tokens: list[int] = Field(default=[], description="scored tokens per window")
     bytes: list[int] = Field(default=[], description="UTF-8 bytes of them")
     block_rates: list[float] = Field(default=[], description="mean over the weights of each block")
@@ -182,6 +203,11 @@ class TrialResult(Frozen):
         """Mean nats per token over all windows."""
         return sum(x * n for x, n in zip(self.losses, self.tokens, strict=True)) / sum(self.tokens)
 
+    def recovered(self) -> "TrialResult":
+        """The same with what was measured after the fine-tune in the place of what was before."""
+        after = {"losses": self.recovered_losses, "scores": self.recovered_scores, "recovery": None}
+        return self.model_copy(update=after)
+
     def objective(self, name: str) -> list[float]:
         """What a search minimises, one number per window: the losses, or a score's negative.
 
@@ -208,7 +234,9 @@ class TrialResult(Frozen):
         found = {"loss": self.loss}
         if any(self.bytes) and (perplexity := finite_exp(self.loss)) is not None:
             found["perplexity"] = perplexity
-        return found | {name: sum(each) / len(each) for name, each in self.scores.items()}
+        found |= {name: sum(each) / len(each) for name, each in self.scores.items()}
+        after = self.recovered().metrics() if self.recovery else {}
+        return found | {f"recovered_{name}": value for name, value in after.items()}
 
 
 class ModelQuestion(TrialSpec):

@@ -6,20 +6,11 @@ Spec(model=ModelSpec(source="org/model"), data=DataSpec(source="text.txt")).prun
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
-
-class Frozen(BaseModel):
-    """A spec or record that does not change after it was made."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
+from infra.bits import in_words, with_rate
+from infra.frozen import Frozen
+from infra.recovery_spec import RecoverySpec
 
 Modality = Literal["language", "vision", "multimodal"]
 
@@ -114,17 +105,24 @@ class EvaluationSpec(Frozen):
 
 
 class PruneSpec(Frozen):
-    """What is removed from every matrix."""
+    """What is removed from every matrix: weights, bits of weights, or both."""
 
     sparsity: float = Field(0.6, ge=0, lt=1, description="mean share of zeros")
     method: str = "wanda"
     pattern: str = Field(
         "unstructured",
         description="unstructured; N:M, such as 2:4, keeps N of every M along the input; N:8 has "
-        "one N per block, by its rate",
+        "one N per block, by its rate; structured: whole channels and heads",
     )
     allocation: str = Field("arithmetic", description="a name, or a file of rates: rates.json")
     beta: float = Field(0.0, description="common difference for `prune`; `search` finds it")
+    bits: float = Field(
+        0,
+        ge=0,
+        le=9,
+        description="mean bits per weight, scales counted; 0: not rounded. rtn and gptq spread "
+        "them by the rates; with another method, every matrix has as many",
+    )
     parameters: dict[str, float] = Field(
         {},
         description="numbers of other allocations, such as {lambda = 0.08}; what is not given has "
@@ -140,6 +138,11 @@ class PruneSpec(Frozen):
         return self.allocation == "uniform" or (self.allocation == "arithmetic" and not self.beta)
 
     @property
+    def goal(self) -> str:
+        """What is asked, in words: 60 % sparsity; 3 bits; 50 % sparsity, 4 bits."""
+        return in_words(self.sparsity, self.bits, self.method, self.pattern)
+
+    @property
     def label(self) -> str:
         """How a candidate is called: its allocation and the numbers that were given."""
         if self.allocation in ("uniform", "arithmetic"):
@@ -150,12 +153,19 @@ class PruneSpec(Frozen):
             return f"{self.allocation}, {len(numbers)} numbers"
         return " ".join([self.allocation, *(f"{n} {v:.4g}" for n, v in numbers.items())])
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_bits(cls, given: Any) -> Any:
+        return with_rate(given)
+
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, value: str) -> str:
-        found = re.fullmatch(r"unstructured|(N|[0-9]+):([0-9]+)", value)
+        found = re.fullmatch(r"unstructured|structured|(N|[0-9]+):([0-9]+)", value)
         if not found or (found[1] and not 0 < int(found[1].replace("N", "1")) < int(found[2])):
-            raise ValueError("write unstructured, N:M such as 2:4, or N:8 for one N per block")
+            raise ValueError(
+                "write unstructured, structured, N:M such as 2:4, or N:8 for one N per block"
+            )
         return value
 
 
@@ -190,12 +200,13 @@ class CompareSpec(Frozen):
     sparsities: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [], description="empty: prune.sparsity"
     )
+    bits: list[Annotated[float, Field(gt=0)]] = Field([], description="empty: prune.bits")
     checkpoints: bool = Field(False, description="every cell saves its pruned model")
 
     @property
     def varies(self) -> bool:
         """Whether anything is listed."""
-        return any((self.models, self.methods, self.allocations, self.sparsities))
+        return any((self.models, self.methods, self.allocations, self.sparsities, self.bits))
 
 
 class SpeedSpec(Frozen):
@@ -268,6 +279,7 @@ class Spec(Frozen):
     calibration: CalibrationSpec = CalibrationSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     search: SearchSpec = SearchSpec()
+    recovery: RecoverySpec = RecoverySpec()
     compare: CompareSpec = CompareSpec()
     published: dict[Literal["dense", "uniform", "best"], float] = Field(
         {}, description="perplexities that others give, shown beside the measured ones"
@@ -296,6 +308,10 @@ class Spec(Frozen):
                 f"search.objective={self.search.objective!r} needs evaluation.task_rows=N: the "
                 "first N rows of a task are reported, the next N are searched on"
             )
+        if self.recovery.steps and self.prune.bits:
+            raise ValueError(
+                "recovery.steps: training takes rounded weights off their grid, drop prune.bits"
+            )
         task = self.search.objective.rpartition("/")[0]
         if task and task not in self.evaluation.tasks:
             raise ValueError(
@@ -317,6 +333,7 @@ class Spec(Frozen):
     def identity(self) -> dict[str, Any]:
         """The part that decides results; the rest may change between start and resume."""
         elsewhere = dict.fromkeys(
-            ("compare", "published", "speed", "cluster", "tracking", "run"), True
+            ("recovery", "compare", "published", "speed", "cluster", "tracking", "run"), True
         )
-        return self.model_dump(exclude={**elsewhere, "search": {"storage"}})
+        recovery = {"recovery": told} if (told := self.recovery.replayable()) else {}
+        return self.model_dump(exclude={**elsewhere, "search": {"storage"}}) | recovery

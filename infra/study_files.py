@@ -21,8 +21,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from infra.errors import UserError
+from infra.frozen import Frozen
 from infra.spec_files import apply_overrides, explain, parse_spec, read_toml
-from infra.specs import NO_NUL, CompareSpec, Frozen, Spec
+from infra.specs import NO_NUL, CompareSpec, Spec
 
 
 class BudgetSpec(Frozen):

@@ -122,8 +122,8 @@ class _Mirror:
 
     def finish(self) -> None:
         """Say how the search ended, once its driver has gone."""
-        status = "FINISHED" if self.store.path("report.json").exists() else "KILLED"
-        self.client.set_terminated(self.parent, status)
+        done = any(self.store.path(f"{name}.json").exists() for name in ("report", "recovery"))
+        self.client.set_terminated(self.parent, "FINISHED" if done else "KILLED")
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -221,7 +221,7 @@ class _Mirror:
         if self.runs[PARENT].data.tags.get(TAG_REPORT) == digest:
             return
         report = json.loads(data)
-        metrics = _flat(report.get("gain", {}), "gain.")
+        metrics = _flat({name: report.get(name) or {} for name in ("gain", "recovery")})
         for row in ("dense", "uniform", "best"):
             measured = report.get(row) or {}  # no dense model was measured
             metrics |= {f"{row}.{k}": v["mean"] for k, v in measured.pop("metrics", {}).items()}

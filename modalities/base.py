@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from infra.errors import UserError
 from infra.records import MatrixRecord, ModelRecord, Split
+from infra.recovery_spec import RecoverySpec
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
 from modalities.blocks import Block
+from modalities.units import Units, find_units
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Batch:
     def rows(self, start: int, stop: int) -> Self:
         """Some of the windows."""
         return replace(self, ids=self.ids[start:stop], bytes=self.bytes[start:stop])
+
+    def pick(self, numbers: Sequence[int]) -> Self:
+        """Some of the windows, by number; copies."""
+        some = tuple(self.bytes[i] for i in numbers)
+        return replace(self, ids=self.ids[list(numbers)], bytes=some)
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ class Modality(ABC):
         self, model: nn.Module, blocks: list[Block], weights: Weights, device: torch.device
     ) -> None:
         self.model, self.blocks, self.weights, self.device = model, blocks, weights, device
+        self._units: list[list[Units]] = []
         inside = {id(p) for block in blocks for p in block.module.parameters()}
         self._outside = [n for n, p in model.named_parameters() if id(p) not in inside]
         for parameter in map(model.get_parameter, self._outside):
@@ -124,6 +132,20 @@ class Modality(ABC):
     @abstractmethod
     def run(self, batch: Batch) -> Any:
         """One forward without cache, for calibration; its output does not matter."""
+
+    def probe(self) -> Any:
+        """One forward of something small, to see how the model is built."""
+        raise UserError(f"prune.pattern=structured is not for {type(self.model).__name__}")
+
+    def units(self) -> list[list[Units]]:
+        """The channels and heads of every block that can go as a whole.
+
+        Raises UserError for a model that does not work without some of them.
+        """
+        if not self._units:
+            with torch.no_grad(), self.streaming():
+                self._units = find_units(self.blocks, self.probe)
+        return self._units
 
     @abstractmethod
     def losses(self, batch: Batch) -> list[float]:
@@ -173,11 +195,11 @@ class Modality(ABC):
             yield
 
     @contextmanager
-    def resident(self) -> Iterator[None]:
-        """Any number of plain forwards work inside, on the weights as they stand.
+    def resident(self, *, whole: bool = False) -> Iterator[None]:
+        """Plain forwards work inside, on the weights as they stand, which are parked afterwards.
 
-        All blocks are on the device where they take at most half of what is free there; otherwise
-        each is while it is called. Afterwards they are parked.
+        All blocks are on the device where they take at most half of what is free there, or where
+        the `whole` model must be, for a backward; otherwise each is while it is called.
         """
         if self.device.type == "cpu":
             yield
@@ -189,7 +211,8 @@ class Modality(ABC):
 
         parameters = [p for block in self.blocks for p in block.module.parameters()]
         free_bytes, _ = torch.cuda.mem_get_info(self.device)
-        if sum(p.numel() * p.element_size() for p in parameters) > free_bytes / 2:
+        size_bytes = sum(p.numel() * p.element_size() for p in parameters)
+        if size_bytes > free_bytes / 2 and not whole:
             with self._around_blocks(fetch, self.park_block):
                 yield
             return
@@ -287,6 +310,22 @@ class LoadedModality(Modality):
         self, data: DataSpec, split: Split, windows: int, context: int, *, divisor: int = 1
     ) -> list[Batch]:
         """What measures the model."""
+
+    def training_windows(self, data: DataSpec, recovery: RecoverySpec) -> Batch:
+        """All windows that a recovery trains on, on the host; UserError where there are none."""
+        raise UserError(f"recovery: {type(self.model).__name__} is not trained here, set steps=0")
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """The summed loss of some of these windows, on the device."""
+        return torch.stack(self.window_losses(batch)).sum()
+
+    def num_scored(self, batch: Batch) -> int:
+        """What that is the sum over."""
+        return batch.windows
+
+    def num_together(self, batch: Batch) -> int:
+        """How many of these windows pass the model at once."""
+        return batch.windows
 
     @abstractmethod
     def save(self, folder: Path) -> None:

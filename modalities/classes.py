@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from infra.documents import Split
 from infra.errors import UserError, nearest
 from infra.images import Example, examples
-from infra.records import Split
 from infra.specs import DataSpec
 
 

@@ -68,6 +68,7 @@ class HeldModality(Modality):
             self.close()
             raise
         super().__init__(model, blocks, HeldWeights(), device)
+        self._first = probe[0]
 
     def __enter__(self) -> HeldModality:
         return self
@@ -119,6 +120,10 @@ class HeldModality(Modality):
         if "use_cache" in self._keywords:
             inputs["use_cache"] = False
         return self.model(**inputs)
+
+    def probe(self) -> Any:
+        """The first of the inputs."""
+        return self.run(self._first)
 
     def losses(self, batch: Batch) -> list[float]:
         """The model's own loss where the inputs hold labels, else nats per token after the first.

@@ -21,8 +21,10 @@ from infra.checkpoints import CheckpointLayout, inspect_checkpoint
 from infra.documents import documents, whole_text
 from infra.errors import UserError
 from infra.records import Split
+from infra.recovery_spec import RecoverySpec
 from infra.sources import fetch
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
+from infra.training_text import conversations, training_documents
 from infra.weights import MappedWeights, save_mapped
 from modalities.base import Batch, HeldWeights, LoadedModality, Weights, resolve_dtype
 from modalities.blocks import Block, find_blocks
@@ -35,6 +37,7 @@ from modalities.converted import (
 )
 from modalities.pretrained import copy_code, mapped, refuse_incomplete, reopened
 from modalities.text import adds_bos, cut_windows, shuffled
+from modalities.training import UNSCORED, TrainingText, chat_windows, text_windows
 
 _FORMAT = 2  # of a converted checkpoint; a change makes all of them anew
 _PROBE_TOKENS = 64
@@ -72,9 +75,7 @@ class LanguageModality(LoadedModality):
         weights = MappedWeights(folder / WEIGHTS)
         model = mapped(AutoModelForCausalLM, folder, spec, weights)
         tokenizer = _tokenizer(folder)
-        tokens = min(_PROBE_TOKENS, _context(model))
-        ids = torch.arange(tokens).remainder(_vocabulary(model))[None]
-        blocks = find_blocks(model, lambda: model(input_ids=ids, use_cache=False))
+        blocks = find_blocks(model, lambda: model(input_ids=_some_ids(model), use_cache=False))
         return cls(model, blocks, weights, device, tokenizer, licence_of(folder))
 
     def calibration_batches(
@@ -127,6 +128,10 @@ class LanguageModality(LoadedModality):
         """One forward of the whole model."""
         return self.model(input_ids=batch.ids, use_cache=False)
 
+    def probe(self) -> Any:
+        """The first tokens of the vocabulary."""
+        return self.model(input_ids=_some_ids(self.model).to(self.device), use_cache=False)
+
     def losses(self, batch: Batch) -> list[float]:
         """Mean negative log-likelihood of each window's tokens after its first, in nats."""
         return [float(loss) for loss in self.window_losses(batch)]
@@ -144,6 +149,42 @@ class LanguageModality(LoadedModality):
             ]
             sums.append(torch.stack(parts).sum(dtype=torch.float64))
         return [x / (batch.ids.shape[1] - 1) for x in sums]
+
+    def training_windows(self, data: DataSpec, recovery: RecoverySpec) -> Batch:
+        """Windows of documents, or conversations, in the order of the recovery's seed."""
+        size = {"length": recovery.length, "count": recovery.steps * recovery.batch}
+        if recovery.length > (limit := _context(self.model)):
+            raise UserError(f"recovery.length={recovery.length}: the model's context is {limit}")
+        if recovery.has_answers:
+            asked = shuffled(conversations(data, recovery), recovery.seed)
+            return chat_windows(self.tokenizer, asked, what="recovery", **size)
+        texts = shuffled(training_documents(data, recovery), recovery.seed)
+        return text_windows(self.tokenizer, texts, what="recovery", **size)
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """Summed negative log-likelihood of the scored tokens, in nats."""
+        assert isinstance(batch, TrainingText)
+        batch = batch.trimmed()
+        logits: Tensor = self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
+        targets = batch.labels[:, 1:].to(self.device).flatten()
+        parts = [
+            F.cross_entropy(part.float(), target, reduction="sum", ignore_index=UNSCORED)
+            for part, target in zip(
+                logits[:, :-1].flatten(0, 1).split(_HEAD_ROWS),
+                targets.split(_HEAD_ROWS),
+                strict=True,
+            )
+        ]
+        return torch.stack(parts).sum()
+
+    def num_scored(self, batch: Batch) -> int:
+        """Tokens that the loss is taken on."""
+        assert isinstance(batch, TrainingText)
+        return int((batch.labels[:, 1:] != UNSCORED).sum())
+
+    def num_together(self, batch: Batch) -> int:
+        """Windows per forward."""
+        return max(1, _TOKENS_PER_BATCH[self.device.type] // batch.ids.shape[1])
 
     def scored_tokens(self, batch: Batch) -> list[int]:
         """All tokens of a window but its first."""
@@ -252,6 +293,11 @@ def _tokenizer(folder: Path) -> Any:
     )
     tokenizer.model_max_length = 1 << 30  # windows are cut from longer texts
     return tokenizer
+
+
+def _some_ids(model: Any) -> Tensor:
+    tokens = min(_PROBE_TOKENS, _context(model))
+    return torch.arange(tokens).remainder(_vocabulary(model))[None]
 
 
 def _context(model: Any) -> int:

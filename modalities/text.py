@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from infra.errors import UserError
 
 SEPARATOR = "\n\n"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
-def shuffled(documents: list[str], seed: int) -> list[str]:
+def shuffled(documents: list[T], seed: int) -> list[T]:
     """Documents in an order that depends on the seed alone."""
     order = list(documents)
     random.Random(seed).shuffle(order)
@@ -49,11 +50,13 @@ def cut_windows(
     count: int,
     what: str,
     bos_once: bool = False,
+    fewer: bool = False,
 ) -> Windows:
     """The first `count` windows of `length` tokens; fewer windows are the first of more.
 
     `bos_once` puts the BOS token before the first window only, as the published WikiText-2
-    protocol does. Raises UserError, naming `what`, where the text is too short.
+    protocol does. Raises UserError, naming `what`, where the text is too short; with `fewer`, where
+    it is too short for one window.
     """
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     text_length = length - (0 if bos_once else len(bos))
@@ -69,6 +72,7 @@ def cut_windows(
         if len(ids) >= wanted + text_length:
             break
     available = len(ids) // text_length
+    count = min(count, max(available, 1)) if fewer else count
     if available < count:
         raise UserError(
             f"{what} has {available} windows of {length} tokens, {count} are asked for: give "

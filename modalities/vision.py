@@ -27,6 +27,7 @@ from infra.checkpoints import inspect_checkpoint
 from infra.errors import UserError
 from infra.images import Example, evaluated, usable
 from infra.records import Split
+from infra.recovery_spec import RecoverySpec
 from infra.sources import fetch
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
 from infra.weights import MappedWeights, save_mapped
@@ -46,6 +47,7 @@ from modalities.converted import WEIGHTS, convert_once, licence_of, stated_licen
 _FORMAT = 1  # of a converted checkpoint; a change makes all of them anew
 _CONFIG = "config.json"
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
+_TRAINING_IMAGES = 4096  # without augmentation
 _CACHED_BYTES = 2 << 30  # of transformed images that wait for the next trial
 
 
@@ -59,6 +61,10 @@ class ImageBatch(ExampleBatch):
     def rows(self, start: int, stop: int) -> Self:
         """Some of the images."""
         return replace(super().rows(start, stop), labels=self.labels[start:stop])
+
+    def pick(self, numbers: Sequence[int]) -> Self:
+        """Some of them, by number."""
+        return replace(super().pick(numbers), labels=tuple(self.labels[i] for i in numbers))
 
 
 class VisionModality(LoadedModality):
@@ -89,8 +95,7 @@ class VisionModality(LoadedModality):
         model = _created(folder, pretrained=False).eval().requires_grad_(False)
         weights.attach(model, "", torch.device("cpu"))
         model.to(next(model.parameters()).dtype)  # tables that are no weights
-        size = _data().resolve_model_data_config(model)["input_size"]
-        probe = torch.zeros(1, *size, dtype=next(model.parameters()).dtype)
+        probe = _some_image(model)
         blocks = find_blocks(model, lambda: model(probe))
         state = _hidden_elements(model, blocks[0], probe)
         return cls(model, blocks, weights, device, folder, state // _width(blocks))
@@ -125,6 +130,21 @@ class VisionModality(LoadedModality):
         pixels, found = self._images(data, split, 0, windows)
         labels = class_numbers(found, data, split, self._names, self._outputs)
         return self._batches(pixels, labels, divisor)
+
+    def training_windows(self, data: DataSpec, recovery: RecoverySpec) -> Batch:
+        """Calibration images with their classes; so many at most are held in memory."""
+        if recovery.source or recovery.column or recovery.has_answers:
+            raise UserError("recovery.source: a vision model is trained on the images of [data]")
+        wanted = min(recovery.steps * recovery.batch, _TRAINING_IMAGES)
+        there = len(evaluated(data, "calibration", recovery.seed))
+        count = min(wanted, max(1, int(there * (1 - data.broken))))
+        pixels, found = self._images(data, "calibration", recovery.seed, count)
+        labels = class_numbers(found, data, "calibration", self._names, self._outputs)
+        return ImageBatch(pixels, (0,) * count, tuple(labels))
+
+    def num_together(self, batch: Batch) -> int:
+        """Images per forward."""
+        return self._rows()
 
     def _images(
         self, data: DataSpec, split: Any, seed: int, count: int
@@ -165,6 +185,10 @@ class VisionModality(LoadedModality):
         """One forward of the whole model: images x classes."""
         logits: Tensor = self.model(batch.ids.to(self.device))
         return logits
+
+    def probe(self) -> Any:
+        """An image of noise."""
+        return self.model(_some_image(self.model).to(self.device))
 
     def losses(self, batch: Batch) -> list[float]:
         """Cross-entropy of each image, in nats."""
@@ -287,6 +311,12 @@ def _created(folder: Path, *, pretrained: bool) -> Any:
 def _licence(folder: Path) -> str:
     config = json.loads((folder / _CONFIG).read_text())
     return str(config.get("pretrained_cfg", config).get("license") or "")
+
+
+def _some_image(model: Any) -> Tensor:
+    size = _data().resolve_model_data_config(model)["input_size"]
+    noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    return noise.to(next(model.parameters()).dtype)
 
 
 def _width(blocks: Sequence[Block]) -> int:

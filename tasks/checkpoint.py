@@ -3,23 +3,27 @@
     folder, sha256 = save_checkpoint(modality, spec, rates, outcome, evaluation)
 
 A checkpoint is an ordinary one with zeros in it, plus `sparsity.json`: which matrix was pruned at
-which rate, how, on what, and the SHA-256 of every file.
+which rate, how, on what, and the SHA-256 of every file. Where weights were rounded,
+`grids.safetensors` holds NAME.widths (uint8, one per row) and NAME.scales (float16, rows x groups)
+of every parameter, experts one after another. One that lost whole channels and heads is smaller,
+with a `structure.json`; tasks/structure.py loads it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from infra.errors import UserError
-from infra.records import TrialSpec
+from infra.records import RecoveryRecord, TrialSpec
 from infra.sources import cache_dir, sha256_of
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from tasks.sweep import Outcome
 
 SPARSITY_FILE = "sparsity.json"
+GRIDS_FILE = "grids.safetensors"
 FORGOTTEN_S = 24 * 3600  # a driver that lives fetches a checkpoint long before
 
 
@@ -36,6 +41,7 @@ def save_checkpoint(
     rates: Sequence[float],
     outcome: Outcome,
     evaluation: Sequence[Batch],
+    recovery: RecoveryRecord | None = None,
 ) -> tuple[str, dict[str, str]]:
     """Save the pruned model into a folder of its own; returns it and the SHA-256 of each file.
 
@@ -47,7 +53,10 @@ def save_checkpoint(
         _remove_forgotten(folder.parent)
         folder.mkdir(parents=True)
         modality.save(folder)
+        _save_grids(modality, folder, outcome)
         _verify(modality, folder, outcome, evaluation[0])
+        if outcome.removed or Path(spec.model.source, "structure.json").is_file():
+            _make_smaller(modality, spec, folder, outcome, evaluation[0])
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone
         hashes = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
@@ -63,6 +72,7 @@ def save_checkpoint(
             "allocation": spec.prune.allocation,
             "pause": spec.prune.pause,
             "sparsity": spec.prune.sparsity,
+            "bits": spec.prune.bits,
             "beta": spec.prune.beta,
             "parameters": spec.prune.parameters,
             "block_rates": list(rates),
@@ -70,6 +80,7 @@ def save_checkpoint(
             "data": spec.data.model_dump(mode="json"),
             "evaluation": {"context": spec.context, "report_windows": spec.windows},
             "matrices": [matrix.model_dump() for matrix in outcome.matrices],
+            **_recovered(spec, recovery),
             "sha256": hashes,
         }
         (folder / SPARSITY_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -82,11 +93,73 @@ def save_checkpoint(
     return str(folder), hashes | {SPARSITY_FILE: sha256_of(folder / SPARSITY_FILE)}
 
 
+def _make_smaller(
+    modality: LoadedModality, spec: TrialSpec, folder: Path, outcome: Outcome, batch: Batch
+) -> None:
+    """Leave out what was removed, now or of the checkpoint that was fine-tuned; the smaller model
+    is the masked one up to rounding."""
+    import torch
+
+    from infra.structure import condense, read_structure
+    from tasks.structure import load_smaller, shrink_model, structure_of
+
+    structure = (
+        structure_of(modality, outcome.removed)
+        if outcome.removed
+        else read_structure(Path(spec.model.source))
+    )
+    masked = modality.reopen(folder)
+    shrink_model(masked.model, structure)
+    with torch.no_grad(), masked.streaming():
+        losses = masked.losses(batch)
+    exact = next(masked.model.parameters()).dtype == torch.float32
+    for smaller, pruned in zip(losses, outcome.losses, strict=False):
+        if not math.isclose(smaller, pruned, rel_tol=1e-3 if exact else 5e-2, abs_tol=1e-4):
+            raise RuntimeError(f"the smaller model gives {smaller}, the masked one {pruned}")
+    condense(folder, structure)
+    saved = load_smaller(folder)
+    for name, parameter in masked.model.named_parameters():
+        if not torch.equal(parameter.cpu(), saved.get_parameter(name)):
+            raise RuntimeError(f"{name} was saved with other values")
+
+
+def _recovered(spec: TrialSpec, recovery: RecoveryRecord | None) -> dict[str, Any]:
+    """How the model was fine-tuned; of a sparse checkpoint, how that was pruned as well."""
+    if spec.recovery is None or recovery is None:
+        return {}
+    how = spec.recovery.model_dump() | recovery.model_dump(exclude={"losses"})
+    facts = Path(spec.model.source, SPARSITY_FILE)
+    if spec.prune.sparsity or not facts.is_file():
+        return {"recovery": how}
+    pruned = json.loads(facts.read_text(encoding="utf-8"))
+    kept = set(pruned) - {"version", "modality", "towers", "dtype", "evaluation", "sha256"}
+    return {key: pruned[key] for key in kept} | {"recovery": how}
+
+
 def _remove_forgotten(outbox: Path) -> None:
     """Checkpoints that nobody fetched: their drivers were killed before they knew of them."""
     for folder in outbox.glob("*"):
         if folder.stat().st_mtime < time.time() - FORGOTTEN_S:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save_grids(modality: LoadedModality, folder: Path, outcome: Outcome) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    parts: dict[str, list[torch.Tensor]] = {}
+    transposed: dict[str, bool] = {}
+    for block in modality.blocks:
+        for matrix in block.matrices:
+            if grid := outcome.grids.get(matrix):
+                name = f"{block.name}.{matrix.parameter}"
+                transposed[name] = matrix.transposed
+                parts.setdefault(f"{name}.widths", []).append(grid.widths.byte().cpu())
+                parts.setdefault(f"{name}.scales", []).append(grid.scales.half().cpu())
+    if parts:
+        tensors = {name: torch.cat(each) for name, each in parts.items()}
+        flipped = [name for name, flip in transposed.items() if flip]
+        save_file(tensors, folder / GRIDS_FILE, metadata={"transposed": json.dumps(flipped)})
 
 
 def _verify(modality: LoadedModality, folder: Path, outcome: Outcome, batch: Batch) -> None:

@@ -6,12 +6,13 @@ gradients[modality.blocks[0].matrices[0]]     # out x in, on the host
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modalities.base import Batch, Modality
 from modalities.products import Matrix
@@ -22,8 +23,9 @@ Key = tuple[int, str]
 def matrix_gradients(modality: Modality, batches: Sequence[Batch]) -> dict[Matrix, Tensor]:
     """The root of the summed squared gradients of every window's loss, in float32 on the host.
 
-    One forward and backward per window, with the weights of all blocks on the device at once.
-    Zero where no window reached an expert.
+    One forward and backward per window, with the weights of all blocks on the device at once; a
+    block keeps its input only and is run again on the way back. Zero where no window reached an
+    expert.
     """
     sums: dict[Key, Tensor] = {}
     wanted = {(i, m.parameter) for i, block in enumerate(modality.blocks) for m in block.matrices}
@@ -31,6 +33,7 @@ def matrix_gradients(modality: Modality, batches: Sequence[Batch]) -> dict[Matri
         for index in range(len(modality.blocks)):
             stack.callback(modality.release_block, index)
             modality.attach_block(index)
+            stack.enter_context(_run_again(modality.blocks[index].module))
         for parameter in modality.model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
@@ -56,6 +59,20 @@ def matrix_gradients(modality: Modality, batches: Sequence[Batch]) -> dict[Matri
         for index, block in enumerate(modality.blocks)
         for matrix in block.matrices
     }
+
+
+@contextmanager
+def _run_again(block: nn.Module) -> Iterator[None]:
+    """What a block computes inside is forgotten, and computed again for its gradients."""
+    before, original = block.__dict__.get("forward"), block.forward
+    block.forward = partial(checkpoint, original, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        if before is None:
+            del block.forward
+        else:
+            block.forward = before
 
 
 def _refuse_overflow(modality: Modality, loss: Tensor) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infra.errors import UserError, nearest
 
@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 PANEL = 128  # columns whose zeros SparseGPT chooses together, as published
 
 Prune = Callable[["Tensor", "InputStatistics", "Budget"], "Tensor"]
+Choose = Callable[["Tensor", "InputStatistics", int, int], "Tensor"]
 
 
-def _function(module: str, name: str) -> Prune:
+def _function(module: str, name: str) -> Callable[..., Tensor]:
     """A function of tasks/pruning/, imported when it is called."""
 
-    def prune(weight: Tensor, inputs: InputStatistics, budget: Budget) -> Tensor:
-        found: Prune = getattr(importlib.import_module(f"tasks.pruning.{module}"), name)
-        return found(weight, inputs, budget)
+    def call(*args: Any) -> Tensor:
+        found: Tensor = getattr(importlib.import_module(f"tasks.pruning.{module}"), name)(*args)
+        return found
 
-    return prune
+    return call
 
 
 def _per_row(out: int, in_: int, rate: float) -> int:
@@ -58,22 +59,52 @@ class Method:
     mask of the weights that go or, where the others change as well, the new weights.
 
     `needs` names what InputStatistics must measure: any of norms, moments, gram and gradient.
-    `published_zeros` is the count that the published rule gives for (out, in, rate).
+    `published_zeros` is the count that the published rule gives for (out, in, rate). `units`
+    chooses among whole groups of columns, for prune.pattern=structured. One that `rounds` puts the
+    weights that stay on the budget's grid; for others they are rounded after it.
     """
 
     prune: Prune
     needs: Collection[str] = ()
     published_zeros: Callable[[int, int, float], int] = _per_row
+    units: Choose | None = None
+    rounds: bool = False
 
 
 METHODS: dict[str, Method] = {
-    "magnitude": Method(_function("scores", "magnitude"), (), _and_one),
-    "wanda": Method(_function("scores", "wanda"), ("norms",)),
+    "magnitude": Method(
+        _function("scores", "magnitude"), (), _and_one, _function("structured", "magnitude_units")
+    ),
+    "wanda": Method(
+        _function("scores", "wanda"), ("norms",), units=_function("structured", "wanda_units")
+    ),
+    "taylor": Method(
+        _function("scores", "taylor"), ("gradient",), units=_function("structured", "taylor_units")
+    ),
     "pruner-zero": Method(_function("scores", "pruner_zero"), ("gradient",)),
     "dsnot": Method(_function("dsnot", "dsnot"), ("norms", "moments")),
-    "sparsegpt": Method(_function("sparsegpt", "sparsegpt"), ("gram",), _per_panel),
+    "sparsegpt": Method(
+        _function("sparsegpt", "sparsegpt"),
+        ("gram",),
+        _per_panel,
+        _function("structured", "obs_units"),
+        rounds=True,
+    ),
     "alps": Method(_function("alps", "alps"), ("gram",), lambda out, in_, s: int(out * in_ * s)),
+    # Without zeros these only round; the norms decide which rows get more bits.
+    "rtn": Method(_function("scores", "wanda"), ("norms",)),
+    "gptq": Method(_function("sparsegpt", "sparsegpt"), ("gram",), _per_panel, rounds=True),
 }
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Raise UserError for a method that there is not, or that cannot make the pattern."""
+    if pattern == "structured" and method_named(name).units is None:
+        able = ", ".join(name for name, method in METHODS.items() if method.units)
+        raise UserError(
+            f"prune.method={name} removes no whole channels: prune.pattern=structured is for {able}"
+        )
+    method_named(name)
 
 
 def method_named(name: str) -> Method:

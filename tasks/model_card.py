@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from infra.bits import LEAST, MOST, ROUNDING
 from infra.spec_files import toml_value
 from tasks.statistics import label, plus_minus
 
@@ -40,7 +41,9 @@ def model_card(report: Mapping[str, Any]) -> str:
     """
     spec, model, best = report["spec"], report["model"], report["best"]
     source, prune = spec["model"]["source"], spec["prune"]
-    name = f"{short(source)}, {100 * best['sparsity']:.4g} % sparse"
+    rounds, bits = prune["method"] in ROUNDING, f"{best['bits']:.4g} bits"
+    sparse = [] if rounds else [f"{100 * best['sparsity']:.4g} % sparse"]
+    name = ", ".join([short(source), *sparse, *([bits] if best["bits"] else [])])
     texts = {use: spec["data"][use] or spec["data"]["source"] for use in ("calibration", "report")}
     paper = report["protocol"] == "paper"
     warning = "; **paper protocol: beta was selected on this split**" if paper else ""
@@ -53,7 +56,7 @@ def model_card(report: Mapping[str, Any]) -> str:
 {report["gain"]["conclusion"]}
 
 {_rows(report)}
-
+{_recovered(report)}
 ± is one standard error; n = {best["metrics"]["loss"]["n"]} {_windows(report)}
 of {_public(texts["report"])}, calibrated
 {_times(report["gain"]["n_seeds"])}{warning}. The weights here are those of calibration seed
@@ -67,7 +70,7 @@ of {_public(texts["report"])}, calibrated
 - **Method**: {prune["method"]}, calibrated on {calibrated_on(spec, report["windows"])} of
   {_public(texts["calibration"])}.
 - **Sparsity**: {best["sparsity"]:.6f} of the weights in blocks are zero. Embeddings, norms and
-  heads are dense.
+  heads are dense.{_rounded(best)}
 - **Rates**: {_rates(best, prune)}
   `sparsity.json` lists every matrix.
 
@@ -99,19 +102,34 @@ def packed_card(card: str) -> str:
 
 
 def _rates(best: Mapping[str, Any], prune: Mapping[str, Any]) -> str:
+    bits = ""
+    if prune["method"] in ROUNDING:
+        bits = f"\n  A rate r stands for {MOST:g} - {MOST - LEAST:g} r bits per weight."
     if best["allocation"] not in ("uniform", "arithmetic"):
-        return f"{best['label']}, with a mean of {prune['sparsity']:g}."
+        return f"{best['label']}, with a mean of {prune['sparsity']:g}.{bits}"
     return (
         f"beta = {best['beta']:.6g} (tilt {best['tilt']:.3f}); block i has the rate\n"
         f"  S + beta * (i - c), with S = {prune['sparsity']:g} and c the centre of the parameters."
+        f"{bits}"
+    )
+
+
+def _rounded(best: Mapping[str, Any]) -> str:
+    if not best["bits"]:
+        return ""
+    return (
+        f"\n- **Bits**: {best['bits']:.6f} per weight in blocks, scales counted. They are stored in"
+        "\n  full size here; `grids.safetensors` has the width and the scales of every row."
     )
 
 
 def settings(spec: Mapping[str, Any]) -> str:
     """The part of the spec that decides results, as TOML that can be read back."""
+    sections = ["model", "data", "prune", "calibration", "evaluation", "search"]
+    sections += ["recovery"] if spec.get("recovery", {}).get("steps") else []
     return "\n".join(
         f"{section}.{key} = {toml_value(value)}"
-        for section in ("model", "data", "prune", "calibration", "evaluation", "search")
+        for section in sections
         for key, value in spec[section].items()
         if (section, key) != ("search", "storage")  # a view, whose URL may hold a password
     )
@@ -155,6 +173,16 @@ def _rows(report: Mapping[str, Any]) -> str:
             cells = [plus_minus(v["mean"], v["stderr"]) if v else "" for v in values]
             rows.append([side, *cells, f"{100 * report[side].get('sparsity', 0):.2f} %"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _recovered(report: Mapping[str, Any]) -> str:
+    """That the weights are those after a fine-tune, and what they give."""
+    if not (recovery := report.get("recovery")):
+        return ""
+    return (
+        "\n**The weights here were fine-tuned after pruning**; the table above is of the models as "
+        f"they were pruned. {recovery['conclusion']}\n"
+    )
 
 
 def _windows(report: Mapping[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """Packing checkpoints, and models of what was packed (the format: infra/packed.py).
 
+Rounded matrices are stored as the codes and scales that `grids.safetensors` tells of.
+
 sizes = pack(Path("runs/quickstart/best"), Path("runs/quickstart/packed"))
 model = load_packed("runs/quickstart/packed")
 """
@@ -32,7 +34,9 @@ from infra.packed import (
     short,
     write_safetensors,
 )
+from infra.packed_codes import Array, PackedCodes, codes_of, items_of, packed_codes
 from infra.sources import sha256_of
+from tasks.checkpoint import GRIDS_FILE
 from tasks.model_card import packed_card
 
 if TYPE_CHECKING:
@@ -51,6 +55,7 @@ class PackedSizes:
     num_packed: int
     num_kept: int  # tensors that stay dense
     sparsity: float  # of the packed matrices
+    bits: float  # per weight of those that are stored as codes; 0: there are none
     dense_bytes: int  # of the packed matrices
     packed_bytes: int
     kept_bytes: int
@@ -80,22 +85,34 @@ def pack(folder: Path, destination: Path) -> PackedSizes:
     that gets smaller, or where the destination exists or cannot be written; RuntimeError where
     what was read back differs.
     """
-    source = _Dense(folder)
-    tensors = {}
+    source = DenseCheckpoint(folder)
+    grids = Grids(folder)
+    tensors, zeros = {}, {}
     for name, tensor in source.tensors.items():
-        nonzeros = int(np.count_nonzero(source.items(name)))
-        packed = tensor.model_copy(update={"num_nonzeros": nonzeros})
-        free = f"{name}.bits" not in source.tensors and f"{name}.values" not in source.tensors
+        items = source.items(name)
+        nonzeros = int(np.count_nonzero(items))
+        ways = [tensor.model_copy(update={"num_nonzeros": nonzeros})]
+        if name in grids.scales:
+            ways += [
+                tensor.model_copy(update={"codes": c}) for c in grids.ways(name, tensor, items)
+            ]
+        packed = min(ways, key=lambda way: way.packed_bytes)
+        used = ("bits", "values", "codes", "scales", "widths")
+        free = not any(f"{name}.{part}" in source.tensors for part in used)
         smaller = len(tensor.shape) > 1 and packed.packed_bytes < tensor.dense_bytes
         tensors[name] = packed if smaller and free else tensor
-    matrices = [tensor for tensor in tensors.values() if tensor.num_nonzeros is not None]
+        if smaller and free:
+            zeros[name] = tensor.elements - nonzeros
+    matrices = [tensors[name] for name in zeros]
     if not matrices:
         raise UserError(f"{folder} has no matrix with enough zeros to be smaller when packed")
 
     def parts() -> Iterator[tuple[str, np.ndarray]]:
         for name, tensor in tensors.items():
             items = source.items(name)
-            if tensor.num_nonzeros is None:
+            if tensor.codes is not None:
+                yield from grids.parts(name, tensor, tensor.codes, items)
+            elif tensor.num_nonzeros is None:
                 yield name, items
             else:
                 mask = items != 0
@@ -120,12 +137,14 @@ def pack(folder: Path, destination: Path) -> PackedSizes:
             if not np.array_equal(data, source.items(name).view(np.uint8)):
                 raise RuntimeError(f"{name} was packed with other values")
         file_bytes = (made / WEIGHTS).stat().st_size
-    kept = [tensor for tensor in tensors.values() if tensor.num_nonzeros is None]
-    nonzeros = sum(tensor.num_nonzeros or 0 for tensor in matrices)
+    kept = [tensor for name, tensor in tensors.items() if name not in zeros]
+    coded = [tensor for tensor in matrices if tensor.codes is not None]
+    weights = sum(tensor.elements for tensor in coded)
     return PackedSizes(
         num_packed=len(matrices),
         num_kept=len(kept),
-        sparsity=1 - nonzeros / sum(tensor.elements for tensor in matrices),
+        sparsity=sum(zeros.values()) / sum(tensor.elements for tensor in matrices),
+        bits=8 * sum(tensor.packed_bytes for tensor in coded) / weights if coded else 0.0,
         dense_bytes=sum(tensor.dense_bytes for tensor in matrices),
         packed_bytes=sum(tensor.packed_bytes for tensor in matrices),
         kept_bytes=sum(tensor.dense_bytes for tensor in kept),
@@ -199,7 +218,62 @@ def _tensor(facts: PackedTensor, data: np.ndarray) -> Tensor:
     return torch.from_numpy(own).view(getattr(torch, kind)).reshape(facts.shape)
 
 
-class _Dense:
+class Grids:
+    """What grids.safetensors of a checkpoint says; empty where there is none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / GRIDS_FILE
+        self.scales: dict[str, Array] = {}
+        self.widths: dict[str, Array] = {}
+        self.transposed: set[str] = set()
+        if not self.file.is_file():
+            return
+        check_safetensors(self.file)
+        with safe_open(self.file, "np") as opened:
+            for key in opened.keys():  # noqa: SIM118  it is no dictionary
+                name, _, kind = key.rpartition(".")
+                (self.scales if kind == "scales" else self.widths)[name] = opened.get_tensor(key)
+            self.transposed = set(json.loads((opened.metadata() or {}).get("transposed", "[]")))
+
+    def codes(self, name: str, tensor: PackedTensor, items: Array) -> Array:
+        """The codes of a tensor by rows; raises UserError where its weights have no such codes."""
+        scales, facts = self.scales[name], PackedCodes(rows=len(self.widths[name]), counts={})
+        facts = facts.model_copy(update={"transposed": name in self.transposed})
+        rows = facts.by_rows(items, tensor.shape)
+        codes = codes_of(rows, scales, tensor.dtype)
+        if not np.array_equal(items_of(codes, scales, tensor.dtype), rows):
+            raise UserError(
+                f"{short(name)} is not what {self.file} tells of: its weights were changed since; "
+                "remove that file to pack it without codes"
+            )
+        return codes
+
+    def ways(self, name: str, tensor: PackedTensor, items: Array) -> Iterator[PackedCodes]:
+        """How the codes of a tensor may be stored: all of them, or a bitmask and the others."""
+        codes, widths = self.codes(name, tensor, items), self.widths[name]
+        for masked in (False, True):
+            counts = {
+                str(width): int(np.count_nonzero(rows) if masked else rows.size)
+                for width in np.unique(widths)
+                for rows in (codes[widths == width],)
+            }
+            flipped = name in self.transposed
+            yield PackedCodes(rows=len(widths), transposed=flipped, masked=masked, counts=counts)
+
+    def parts(
+        self, name: str, tensor: PackedTensor, facts: PackedCodes, items: Array
+    ) -> Iterator[tuple[str, Array]]:
+        """What a tensor is stored as."""
+        codes = self.codes(name, tensor, items)
+        mask = codes != 0 if facts.masked else None
+        yield f"{name}.codes", packed_codes(codes, self.widths[name], mask)
+        yield f"{name}.scales", self.scales[name]
+        yield f"{name}.widths", self.widths[name]
+        if mask is not None:
+            yield f"{name}.bits", np.packbits(mask, bitorder="little")
+
+
+class DenseCheckpoint:
     """The tensors of a checkpoint, mapped; raises UserError where they are not whole."""
 
     def __init__(self, folder: Path) -> None:

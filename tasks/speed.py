@@ -2,7 +2,8 @@
 
     record = measure_speed(ModelSpec(source="runs/quickstart/best"), SpeedSpec())
 
-Every engine holds the same weights. A case is run by all engines in turn, again and again, so that
+Every engine holds the same weights; a model that lost whole channels is timed beside the one that
+has zeros in their place. A case is run by all engines in turn, again and again, so that
 whatever disturbs the machine meets all of them. Kept are the times, not their mean.
 """
 
@@ -29,8 +30,10 @@ from modalities import load
 from modalities.base import LoadedModality
 from tasks.engines import ENGINES, EncodedLinear, Use, convert
 from tasks.speed_cases import Case, cases_of, image_batch
+from tasks.structure import is_structured, load_smaller
 from tasks.trial import device_name
 
+SMALLER = "smaller"  # the model without its zeros, run by torch as it is
 WARM_UPS = 3
 LONG_S = 0.25  # of a call; after one of these everything is warm
 LEAST = 3  # timings that a case has however long they take
@@ -55,12 +58,19 @@ def measure_speed(model: ModelSpec, speed: SpeedSpec) -> SpeedRecord:
         models: dict[str, nn.Module] = {}
         engines = []
         spare: nn.Module | None = modality.model.to(device)
-        for name in dict.fromkeys(["dense", *(speed.engines or ENGINES)]):
+        folder = Path(fetch(model.source))
+        smaller = is_structured(folder)
+        names = speed.engines or ([] if smaller else ENGINES)
+        for name in dict.fromkeys(["dense", *names]):
             each = load(model, device).model.to(device) if spare is None else spare
             engines.append(_converted(each, name, use, asked=bool(speed.engines)))
             spare = each if engines[-1].refusal else None  # what was refused is as it was
             if not spare:
                 models[name] = each
+        if smaller:
+            models[SMALLER] = load_smaller(folder).to(matrices[0].dtype).to(device)
+            held_bytes = _held_bytes(models[SMALLER])
+            engines.append(SpeedEngine(name=SMALLER, resident_bytes=held_bytes))
         done = [timed(case, models, speed.runs, device, speed.case_s) for case in cases]
         extra = {name: max(added[name] for _, added in done) for name in models}
         found = _differences(modality, models)
@@ -70,9 +80,7 @@ def measure_speed(model: ModelSpec, speed: SpeedSpec) -> SpeedRecord:
             architecture=type(modality.model).__name__,
             dtype=str(matrices[0].dtype).removeprefix("torch."),
             sparsity=zeros / sum(matrix.numel() for matrix in matrices),
-            stored_bytes=sum(
-                f.stat().st_size for f in Path(fetch(model.source)).rglob("*.safetensors")
-            ),
+            stored_bytes=sum(f.stat().st_size for f in folder.rglob("*.safetensors")),
             device=device_name(device),
             threads=torch.get_num_threads(),
             host=platform.node(),
@@ -97,8 +105,6 @@ def _converted(model: nn.Module, name: str, use: Use, *, asked: bool) -> SpeedEn
         if asked:
             raise
         return SpeedEngine(name=name, refusal=str(error))
-    # Two names of one tensor, such as a tied head, are held once.
-    held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     hidden = sum(m.encoded_bytes for m in model.modules() if isinstance(m, EncodedLinear))
     hidden -= sum(
         t.nbytes
@@ -111,8 +117,14 @@ def _converted(model: nn.Module, name: str, use: Use, *, asked: bool) -> SpeedEn
         name=name,
         baseline=ENGINES[name].baseline,
         layers=layers,
-        resident_bytes=sum(held.values()) + hidden,
+        resident_bytes=_held_bytes(model) + hidden,
     )
+
+
+def _held_bytes(model: nn.Module) -> int:
+    """Two names of one tensor, such as a tied head, are held once."""
+    held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(held.values())
 
 
 def timed(

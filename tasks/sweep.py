@@ -27,14 +27,17 @@ from infra.errors import UserError
 from infra.records import BlockError, MatrixRecord
 from modalities.base import Batch, Measured, Modality
 from modalities.products import Matrix, ProductWatcher
-from tasks.allocation import MOST, zeros_per_matrix
+from modalities.units import Units
+from tasks.asked import Asked, asked_of
 from tasks.errors import ErrorCurve
 from tasks.gradients import matrix_gradients
 from tasks.lockstep import Lockstep, Pass, Run, pause
 from tasks.meter import Meter, identity
-from tasks.pruning import method_named, prune_in_place
+from tasks.pruning import prune_in_place, remove_in_place
+from tasks.pruning.grids import Grid
 from tasks.pruning.inputs import InputStatistics
-from tasks.pruning.patterns import UNSTRUCTURED, budgets, settled
+from tasks.pruning.patterns import UNSTRUCTURED
+from tasks.structure import UnitBudget
 
 
 @dataclass
@@ -47,6 +50,8 @@ class Outcome:
     fallbacks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     errors: list[BlockError] = field(default_factory=list)
+    removed: list[tuple[Units, Tensor]] = field(default_factory=list)  # of each, the mask that went
+    grids: dict[Matrix, Grid] = field(default_factory=dict)  # of rounded matrices that are kept
     token_passes: int = 0
 
     @property
@@ -74,6 +79,7 @@ def sweep(
     *,
     method: str,
     pattern: str = UNSTRUCTURED,
+    bits: float = 0,
     pause_at: Literal["block", "linear"],
     calibration: Sequence[Batch],
     evaluation: Sequence[Batch],
@@ -82,54 +88,28 @@ def sweep(
 ) -> Outcome:
     """Prune the matrices at one rate each, as modality.matrices() orders them, and evaluate.
 
-    `pattern` is unstructured, N:M for N of every M kept, or N:8 for one N per block by its rate.
+    `pattern` is unstructured, N:M for N of every M kept, N:8 for one N per block by its rate, or
+    structured for whole channels and heads.
+    What stays of a matrix is rounded to `bits` per weight; rtn and gptq, which remove nothing, take
+    them from the rates (infra.bits.bits_of) wherever bits are given.
     `dense` lets a dense copy of the evaluation ride along, for its losses and the error of every
     block. `keep` leaves the pruned weights in the model; otherwise each block is dense again as
     soon as all batches have passed it. Raises RuntimeError where the result is not what was asked
-    for: a wrong number of zeros, something changed that is not prunable, a loss that is not finite.
+    for: a wrong number of zeros or bits, something changed that is not prunable, a loss that is not
+    finite.
     """
-    made = _Sweep(modality, rates, method, pattern, pause_at, keep)
-    return made.run(calibration, evaluation, dense)
-
-
-def refuse_unfit(
-    modality: Modality, rates: Sequence[float], *, method: str, pattern: str = UNSTRUCTURED
-) -> None:
-    """Raise UserError where a sweep could not begin: a pattern that no matrix of a shape takes."""
-    _Sweep(modality, rates, method, pattern, "linear", keep=False)
+    asked = asked_of(modality, rates, method=method, pattern=pattern, bits=bits)
+    return _Sweep(modality, asked, method, pause_at, keep).run(calibration, evaluation, dense)
 
 
 class _Sweep:
     def __init__(
-        self,
-        modality: Modality,
-        rates: Sequence[float],
-        method: str,
-        pattern: str,
-        pause_at: str,
-        keep: bool,
+        self, modality: Modality, asked: Asked, method: str, pause_at: str, keep: bool
     ) -> None:
         self.modality, self.method, self.pause_at, self.keep = modality, method, pause_at, keep
-        self.outcome = Outcome()
-        plan = modality.matrices()
-        zeros = zeros_per_matrix(rates, [m.params for m in plan])
-        asked = [
-            m.model_copy(update={"rate": rate, "zeros": z})
-            for m, rate, z in zip(plan, rates, zeros, strict=True)
-        ]
-        for record in asked:
-            if record.rate > MOST and record.zeros >= record.params:
-                raise UserError(
-                    f"{record.matrix} of block {record.block} would lose every weight at rate "
-                    f"{record.rate:.6f}: choose a smaller tilt, or less sparsity"
-                )
-        flat = [matrix for block in modality.blocks for matrix in block.matrices]
-        chosen = budgets(pattern, asked, [matrix.weight().shape for matrix in flat])
-        self.budgets = dict(zip(flat, chosen, strict=True))
-        records = iter(map(settled, asked, chosen))
-        self.plan = [[(m, next(records)) for m in block.matrices] for block in modality.blocks]
-        self.pruning = any(zeros)
-        self.needs = method_named(method).needs
+        self.asked, self.needs, self.pruning = asked, asked.needs, asked.changes
+        self.plan = [[m for m in b.matrices if m in asked.watched] for b in modality.blocks]
+        self.outcome = Outcome(matrices=asked.untouched())
         self.gradients: dict[Matrix, Tensor] = {}
         self._touched: set[int] = set()
 
@@ -163,7 +143,7 @@ class _Sweep:
             self._check(len(modality.matrices()))
             self._touched.clear()  # what is kept stays as it is
         passes = 2 if self.pause_at == "block" else 1
-        passes += 3 if "gradient" in self.needs else 0  # a backward takes about two forwards
+        passes += 4 if "gradient" in self.needs else 0  # two forwards; a backward is about two more
         outcome.token_passes = sum(b.tokens for b in calibration) * passes
         passes = (3 if self.pruning else 2) if dense else 1
         outcome.token_passes += sum(b.tokens for b in evaluation) * passes
@@ -179,6 +159,7 @@ class _Sweep:
                 raise RuntimeError(f"the loss is {wrong[0]:g}: the {kind} model overflows")
         if self.pruning and len(self.outcome.matrices) != planned:
             raise RuntimeError(f"{len(self.outcome.matrices)} of {planned} matrices were reached")
+        self.asked.check_bits()
 
     def _restore(self) -> None:
         """After a failure too: the next sweep finds the dense model."""
@@ -223,20 +204,20 @@ class _Sweep:
 
     def _prune_block(self, index: int, calibrating: list[Run], close: bool) -> None:
         """Two passes: all inputs of the dense block first, then its pruned outputs."""
-        meter, matrices = Meter(self.needs), [matrix for matrix, _ in self.plan[index]]
+        meter, matrices = Meter(self.needs), self.plan[index]
         for run in calibrating:
             run.resume(Pass(ProductWatcher(matrices, meter), again=True))
             meter.close()
         measured = meter.result(matrices)
-        for matrix, record in self.plan[index]:
-            self._prune(matrix, record, measured.pop(matrix))  # freed with its last user
+        for matrix in matrices:
+            self._prune(matrix, measured.pop(matrix))  # freed with its last user
         for run in calibrating:
             run.close() if close else run.resume(Pass())
 
     def _prune_products(self, index: int, calibrating: list[Run], close: bool) -> None:
         """One pass: every matrix is pruned the moment all its inputs are there."""
         measured, keys = InputStatistics(self.needs), list[Any]()
-        order = {matrix: place for place, (matrix, _) in enumerate(self.plan[index])}
+        order = {matrix: place for place, matrix in enumerate(self.plan[index])}
         done: set[Matrix] = set()
 
         def watch(matrix: Matrix, inputs: Tensor) -> None:
@@ -257,34 +238,64 @@ class _Sweep:
                 keys, measured, held = new, InputStatistics(self.needs), inputs
                 for each in held:  # kept until then, so that no other tensor gets their address
                     measured.add(each)
-            self._prune(matrix, self.plan[index][order[matrix]][1], measured)
+            self._prune(matrix, measured)
             done.add(matrix)
             for run in here:
                 run.resume(None)
-        for matrix, record in self.plan[index]:
+        for matrix in self.plan[index]:
             if matrix not in done:
-                self._prune(matrix, record, InputStatistics(self.needs))
+                self._prune(matrix, InputStatistics(self.needs))
         if close:
             for run in calibrating:
                 run.close()
 
-    def _prune(self, matrix: Matrix, record: MatrixRecord, inputs: InputStatistics) -> None:
-        weight, name = matrix.weight(), f"{self.modality.blocks[record.block].name}.{matrix.name}"
+    def _prune(self, matrix: Matrix, inputs: InputStatistics) -> None:
+        weight, record = matrix.weight(), self.asked.records[matrix]
+        name = f"{self.modality.blocks[record.block].name}.{matrix.name}"
         if not torch.isfinite(weight.sum(dtype=torch.float32)):
             raise RuntimeError(f"{name} holds NaN or infinity")
         if matrix in self.gradients:
             inputs.gradient = self.gradients.pop(matrix).to(weight.device)
         if not inputs.are_finite:
             raise RuntimeError(f"the inputs of {name} hold NaN or infinity, or its gradients do")
-        budget = self.budgets[matrix]
-        if not prune_in_place(weight, inputs, method=self.method, budget=budget):
+        if matrix in self.asked.removals:
+            self._remove(self.asked.removals[matrix], inputs)
+        else:
+            budget = self.asked.budgets[matrix]
+            prune_in_place(weight, inputs, method=self.method, budget=budget)
+            zeros, realised = int(weight.numel() - weight.count_nonzero()), 0.0
+            if zeros < budget.zeros:
+                raise RuntimeError(f"{name}: {zeros} zeros instead of {budget.zeros}")
+            if grid := budget.grid:
+                if not grid.holds(weight):
+                    raise RuntimeError(f"{name}: weights that are not of {grid.asked}")
+                realised = grid.bits / weight.numel()
+                if self.keep:
+                    self.outcome.grids[matrix] = grid
+            update = {"zeros": zeros, "bits": realised}
+            self.outcome.matrices.append(record.model_copy(update=update))
+        if not inputs.measured:
             self.outcome.fallbacks.append(name)
         elif inputs.note:
             self.outcome.notes.append(f"{name}: {inputs.note}")
-        zeros = int(weight.numel() - weight.count_nonzero())
-        if zeros < budget.zeros:
-            raise RuntimeError(f"{name}: {zeros} zeros instead of {budget.zeros}")
-        self.outcome.matrices.append(record.model_copy(update={"zeros": zeros}))
+
+    def _remove(self, budget: UnitBudget, inputs: InputStatistics) -> None:
+        """Whole units: the columns that use them, and the rows that make them."""
+        units = budget.units
+        weight = units.consumer.weight()
+        gone = remove_in_place(
+            weight, inputs, method=self.method, count=units.count, goes=budget.goes
+        )
+        lost = {units.consumer: units.columns(gone)}
+        for producer in units.producers:
+            lost[producer.matrix] = producer.rows(gone)
+            producer.matrix.weight()[lost[producer.matrix]] = 0
+        for matrix, mask in lost.items():
+            weight = matrix.weight()
+            zeros = int(weight.numel() - weight.count_nonzero())
+            update = {"zeros": zeros, "rate": float(mask.float().mean())}
+            self.outcome.matrices.append(self.asked.records[matrix].model_copy(update=update))
+        self.outcome.removed.append((units, gone))
 
 
 def _together(runs: Sequence[Run]) -> Measured:

@@ -13,12 +13,14 @@ import resource
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from infra.documents import Split, data_sha256
 from infra.errors import UserError
 from infra.records import (
+    PASSES,
     SHOWN,
     Cost,
     ModelAnswer,
@@ -50,6 +52,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         return _answer(spec, batch_divisor)
     started = time.perf_counter()
     from tasks.checkpoint import save_checkpoint
+    from tasks.recovery import counted, forget, measured_again, recover
     from tasks.sweep import sweep
     from tasks.zero_shot import check_tasks, zero_shot
 
@@ -61,20 +64,21 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     matrices = modality.matrices()
     plan = plan_of(spec.prune, matrices, spec.profile)
     calibration = []
-    if any(plan.rates):
+    if any(plan.rates) or spec.prune.bits:
         calibration = modality.calibration_batches(
             spec.data, spec.calibration, divisor=batch_divisor
         )
     evaluation = modality.evaluation_batches(
         spec.data, spec.split, spec.windows, spec.context, divisor=batch_divisor
     )
-    keep = spec.checkpoint or bool(spec.tasks)
+    keep = spec.checkpoint or bool(spec.tasks) or spec.recovery is not None
     ready = time.perf_counter()
     outcome = sweep(
         modality,
         plan.rates,
         method=spec.prune.method,
         pattern=spec.prune.pattern,
+        bits=spec.prune.bits,
         pause_at=spec.prune.pause,
         calibration=calibration,
         evaluation=evaluation,
@@ -82,18 +86,29 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         keep=keep,
     )
     swept = time.perf_counter()
+    if spec.recovery and not outcome.matrices:
+        outcome.matrices = counted(modality)  # of a checkpoint that is pruned already
     pruned = outcome.matrices or matrices  # none where nothing was to be pruned
     per_block = block_rates(pruned, [matrix.rate for matrix in pruned], len(modality.blocks))
     where, hashes = "", dict[str, str]()
     scores, dense_scores = outcome.measured.scores, outcome.dense.scores
+    saved, recovery, recovered_scores = outcome, None, dict[str, list[float]]()
     measure_tasks = partial(
         zero_shot, modality, **_asked_of_tasks(spec), batch_divisor=batch_divisor
     )
     try:
-        if spec.checkpoint:
-            where, hashes = save_checkpoint(modality, spec, per_block, outcome, evaluation)
         if spec.tasks:
             scores = scores | measure_tasks()
+        if spec.recovery:
+            recovery = recover(modality, spec, divisor=batch_divisor)
+            after = measured_again(modality, evaluation)
+            recovered_scores = after.scores | (measure_tasks() if spec.tasks else {})
+            saved = replace(outcome, measured=after)
+        if spec.checkpoint:
+            kept = (per_block, saved, evaluation, recovery)
+            where, hashes = save_checkpoint(modality, spec, *kept)
+        if spec.recovery:
+            forget(modality, spec)
         if spec.tasks and spec.error_curves and spec.prune.is_uniform:  # once is enough
             _make_dense(modality)
             dense_scores = dense_scores | measure_tasks()
@@ -108,6 +123,9 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         dense_losses=outcome.dense_losses,
         scores=scores,
         dense_scores=dense_scores,
+        recovered_losses=saved.losses if recovery else [],
+        recovered_scores=recovered_scores,
+        recovery=recovery,
         answers=outcome.measured.answers[:SHOWN],
         dense_answers=outcome.dense.answers[:SHOWN],
         expected=outcome.measured.expected[:SHOWN],
@@ -125,7 +143,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
             load_s=ready - started,
             sweep_s=swept - ready,
             total_s=time.perf_counter() - started,
-            token_passes=outcome.token_passes,
+            token_passes=outcome.token_passes + PASSES * (recovery.tokens if recovery else 0),
             peak_memory_bytes=_peak_memory(modality.device),
         ),
         host=socket.gethostname(),
@@ -141,7 +159,7 @@ def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> Mo
     Raises UserError where a trial could not run, and RuntimeError where the dense loss of a sweep
     differs from a plain loop's in a single bit.
     """
-    from tasks.sweep import refuse_unfit
+    from tasks.asked import asked_of
     from tasks.zero_shot import check_tasks
 
     first = trials[0]
@@ -150,9 +168,12 @@ def describe_model(trials: Sequence[TrialSpec], *, batch_divisor: int = 1) -> Mo
     scores: dict[str, None] = {}
     for trial in reversed(trials):  # what asks for most text is refused first, with its full size
         rates = check_rates(trial.prune, modality.matrices())
-        refuse_unfit(modality, rates, method=trial.prune.method, pattern=trial.prune.pattern)
+        asked = trial.prune.model_dump(include={"method", "pattern", "bits"})
+        asked_of(modality, rates, **asked)
         modality.calibration_batches(trial.data, trial.calibration)
         modality.evaluation_batches(trial.data, trial.split, trial.windows, trial.context)
+        if trial.recovery:
+            refuse_unrecoverable(trial)
         if trial.tasks:
             scores |= dict.fromkeys(check_tasks(modality, **_asked_of_tasks(trial)))
     batches = modality.evaluation_batches(
@@ -185,9 +206,9 @@ def measure_profile(spec: TrialSpec, *, batch_divisor: int = 1) -> list[float]:
 def time_dense(spec: TrialSpec, *, batch_divisor: int = 1) -> tuple[int, float]:
     """Tokens and seconds of a dense evaluation, the head included: what a token pass costs here."""
     dense = spec.prune.model_copy(
-        update={"sparsity": 0.0, "allocation": "uniform", "beta": 0.0, "parameters": {}}
+        update={"sparsity": 0.0, "bits": 0, "allocation": "uniform", "beta": 0.0, "parameters": {}}
     )
-    alone = spec.model_copy(update={"prune": dense, "tasks": []})
+    alone = spec.model_copy(update={"prune": dense, "tasks": [], "recovery": None})
     result = run_trial(alone, batch_divisor=batch_divisor)
     return sum(result.tokens), result.cost.sweep_s
 
@@ -218,6 +239,18 @@ def loaded(spec: ModelSpec) -> LoadedModality:
         _loaded.clear()
         _loaded[key] = load(spec, device)
     return _loaded[key]
+
+
+def refuse_unrecoverable(spec: TrialSpec) -> str:
+    """Raise UserError where a recovery could not begin; else what its loss is the mean of."""
+    from tasks.recovery import check_recovery
+
+    modality = loaded(spec.model)
+    if spec.recovery:
+        check_recovery(modality, spec.recovery)
+        modality.training_windows(spec.data, spec.recovery)
+    modality.evaluation_batches(spec.data, spec.split, spec.windows, spec.context)
+    return modality.record(spec.model.source).unit
 
 
 def _asked_of_tasks(spec: TrialSpec) -> dict[str, Any]:

@@ -170,6 +170,18 @@ def write_checkpoint(
     return folder
 
 
+def write_wide(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A llama whose rows are whole groups of 128, as weights of few bits want them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **_BASE | sizes)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def write_text(file: Path, paragraphs: int = 160) -> DataSpec:
     """Paragraphs of words, some of them not ASCII, dealt out to the three splits."""
     chance = random.Random(0)

@@ -28,7 +28,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 # Imported by the driver or by anything that only reads a run: a second of torch would be felt.
 TORCH_FREE = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("flows", "infra")]
-NEEDS_TORCH = {"infra/weights.py"}  # worker processes only
+NEEDS_TORCH = {"infra/structure.py", "infra/weights.py"}  # worker processes only
 
 
 def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
@@ -109,9 +109,10 @@ def test_files_open_with_what_they_do() -> None:
 
 def test_third_party_imports_are_declared() -> None:
     """A library that is only there because another one needs it may go with the next release."""
+    extras = PROJECT["optional-dependencies"]
     declared = {
         re.split(r"[\[<>=!~; ]", text, maxsplit=1)[0].replace("_", "-").lower()
-        for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dashboards"]
+        for text in PROJECT["dependencies"] + extras["dashboards"] + extras["export"]
     }
     providers = packages_distributions()
     undeclared = set()

@@ -185,6 +185,22 @@ class Cluster:
             self.stop_workers()
             self._pool = pool
 
+    def together(self, function: TrialFunction, spec: TrialSpec, workers: int) -> TrialResult:
+        """Run one trial on several workers that share every batch of its recovery; see training.py.
+
+        Raises UserError where the cluster has too few CPUs or GPUs for them.
+        """
+        from infra.cluster.training import train_together  # Ray Train takes seconds to import
+
+        self.stop_workers()
+        share = self.share
+        cpus = share.cpus
+        if not share.gpus:  # one worker may have been given all of them
+            cpus = min(cpus, sum(n.cpus for n in self._pool.nodes.values()) // workers)
+        if cpus < 1:
+            raise UserError(f"recovery.workers={workers}: there are too few CPUs for so many")
+        return train_together(function, spec, workers=workers, cpus=cpus, gpus=share.gpus)
+
     def fetch(
         self,
         result: TrialResult,

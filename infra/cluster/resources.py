@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from infra.errors import UserError
-from infra.specs import ClusterSpec, Frozen
+from infra.frozen import Frozen
+from infra.specs import ClusterSpec
 
 # An estimate: with more threads than this, two trials side by side get more done than one.
 MAX_THREADS = 8

@@ -79,7 +79,7 @@ __all__ = [
 ]
 
 
-_OPTIONS = ("beta", "method", "pattern", "pause")  # of allocate(), that are keys of a spec
+_OPTIONS = ("beta", "method", "pattern", "bits", "pause")  # of allocate(), that are keys of a spec
 
 
 def _measure(module: str, function: str) -> Callable[..., list[float]]:

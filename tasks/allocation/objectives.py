@@ -38,6 +38,7 @@ def neuronal(modality: Modality, batches: Sequence[Batch], prune: PruneSpec) -> 
             rates,
             method=prune.method,
             pattern=prune.pattern,
+            bits=prune.bits,
             pause_at=prune.pause,
             calibration=batches,
             evaluation=batches,

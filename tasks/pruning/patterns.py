@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,17 +21,30 @@ from torch import Tensor
 from infra.errors import UserError
 from infra.records import MatrixRecord
 
+if TYPE_CHECKING:
+    from tasks.pruning.grids import Grid
+
 UNSTRUCTURED = "unstructured"
+STRUCTURED = "structured"  # whole channels and heads: tasks/structure.py
 _FAR = 1e-3  # how far a mean of N per block may be from the sparsity
 _MOST_SUMS = 4_000  # that mixed_groups tells apart
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many weights of one matrix go; `group` = (N, M) keeps N of every M along the input."""
+    """How many weights of one matrix go; `group` = (N, M) keeps N of every M along the input.
+    `grid` has the values that the others may have."""
 
     zeros: int
     group: tuple[int, int] | None = None
+    grid: Grid | None = None
+
+    def __post_init__(self) -> None:
+        if self.grid and self.group and 128 % self.group[1]:
+            raise UserError(
+                f"groups of {self.group[1]} do not divide the 128 weights that share a scale: "
+                "leave prune.bits out, or use groups of 2, 4, 8, 16, 32, 64 or 128"
+            )
 
     @classmethod
     def in_groups(cls, group: tuple[int, int], shape: Sequence[int], name: str = "") -> Budget:
@@ -178,8 +192,8 @@ def settled(matrix: MatrixRecord, budget: Budget) -> MatrixRecord:
 
 
 def parse_pattern(pattern: str) -> tuple[int | None, int] | None:
-    """(N, M) of "N:M"; (None, M) of "N:8", one N per block; None of "unstructured"."""
-    if pattern == UNSTRUCTURED:
+    """(N, M) of "N:M"; (None, M) of "N:8", one N per block; None of the others."""
+    if pattern in (UNSTRUCTURED, STRUCTURED):
         return None
     found = re.fullmatch(r"(\d+|N):(\d+)", pattern)
     if (

@@ -1,4 +1,4 @@
-"""Methods that score every weight and remove the smallest: magnitude, Wanda and Pruner-Zero.
+"""Methods that score every weight and remove the smallest: magnitude, Wanda, Taylor, Pruner-Zero.
 
 mask = wanda(weight, inputs, Budget(zeros=600))
 """
@@ -20,6 +20,13 @@ def magnitude(weight: Tensor, inputs: InputStatistics, budget: Budget) -> Tensor
 def wanda(weight: Tensor, inputs: InputStatistics, budget: Budget) -> Tensor:
     """The smallest abs(W) * ||X_column|| of every output row (Wanda, arXiv 2306.11695, eq. 1)."""
     return budget.of_rows(weight.abs().mul_(inputs.squares.sqrt()))
+
+
+def taylor(weight: Tensor, inputs: InputStatistics, budget: Budget) -> Tensor:
+    """The smallest abs(W * G) of the whole matrix, G the gradient of the dense model's loss: what
+    the loss changes by without a weight, to first order (Molchanov et al., CVPR 2019, eq. 8)."""
+    assert inputs.gradient is not None
+    return budget.of_matrix((weight * inputs.gradient).abs_())
 
 
 def pruner_zero(weight: Tensor, inputs: InputStatistics, budget: Budget) -> Tensor:

@@ -1,6 +1,7 @@
-"""SparseGPT: remove column by column, and let the columns to the right make up for it.
+"""SparseGPT and GPTQ: change column by column, and let the columns to the right make up for it.
 
 new = sparsegpt(weight, inputs, Budget(zeros=600))
+new = sparsegpt(weight, inputs, Budget(zeros=0, grid=grid))  # GPTQ; with zeros, both in one pass
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ def sparsegpt(weight: Tensor, inputs: InputStatistics, budget: Budget) -> Tensor
     go, or those of an N:M group when its first column is reached; what column j loses, divided by
     U_jj and times row j of U, is taken from the columns to its right. A dead input's weights go
     first; those that stay keep their values.
+
+    With a grid, what stays of a column is rounded when it is reached, and its error is made up for
+    in the same way (GPTQ, arXiv 2210.17323, algorithm 1). A panel is a group of the grid, whose
+    scales are chosen when it begins.
     """
     found = inputs.derived(hessian)
     factor = inputs.derived(inverse_factor)
@@ -31,7 +36,7 @@ def sparsegpt(weight: Tensor, inputs: InputStatistics, budget: Budget) -> Tensor
     size = budget.group[1] if budget.group else 1
     width = max(1, PANEL // size) * size
     narrow = max(1, _NARROW // size) * size
-    removed = 0
+    removed, grid = 0, budget.grid
 
     def scores(first: int, last: int) -> Tensor:
         """Of the columns from first to last: out x columns."""
@@ -47,16 +52,19 @@ def sparsegpt(weight: Tensor, inputs: InputStatistics, budget: Budget) -> Tensor
             removed += wanted
             flat = scores(start, stop).reshape(1, -1)
             mask = smallest_per_row(flat, wanted).reshape(-1, stop - start).t().contiguous()
+        if grid:
+            grid.fit(start, columns[start:stop].masked_fill(mask, 0))
         for left in range(start, stop, narrow):
             right = min(left + narrow, stop)
             for j in range(left, right):
                 if budget.group and j % size == 0:
                     group = smallest_per_group(scores(j, j + size), *budget.group)
                     mask[j - start : j - start + size] = group.t()
-                gone = mask[j - start]
-                error = torch.where(gone, columns[j], 0).div_(scale[j])
+                kept = grid.rounded(j, columns[j]) if grid else columns[j]
+                new = kept.masked_fill(mask[j - start], 0)
+                error = (columns[j] - new).div_(scale[j])
                 lost[j - start] = error
-                columns[j].masked_fill_(gone, 0)
+                columns[j] = new
                 if j + 1 < right:
                     columns[j + 1 : right].addr_(factor[j, j + 1 : right], error, alpha=-1)
             if right < stop:

@@ -69,12 +69,12 @@ def start(*arguments: str | Path, cache: Path, prefix: Sequence[str] = ()) -> su
 
 
 def run(
-    *arguments: str | Path, cache: Path, prefix: Sequence[str] = ()
+    *arguments: str | Path, cache: Path, prefix: Sequence[str] = (), timeout_s: float = 100
 ) -> subprocess.CompletedProcess[str]:
     """A whole command."""
     process = start(*arguments, cache=cache, prefix=prefix)
     try:
-        output, errors = process.communicate(timeout=100)
+        output, errors = process.communicate(timeout=timeout_s)
     finally:
         if process.poll() is None:
             process.terminate()

@@ -46,7 +46,7 @@ def drop(*path: Any) -> Callable[[Json], None]:
 
 A, HEX = ("tensors", "a"), "0" * 64
 MANIFESTS = {
-    "a later version": put("version", value=2),
+    "a later version": put("version", value=3),
     "a version in words": put("version", value="1\n2"),
     "a version that is true": put("version", value=True),
     "no version": drop("version"),

@@ -20,7 +20,8 @@ def make_report(source: str = "org/base@main", licence: str = "Apache-2.0") -> d
         loss = {"mean": 4.1, "stderr": 0.02, "n": 32, "unit": "nats/token"}
         return {"perplexity": ppl, "bits_per_byte": bits, "loss": loss}
 
-    sparse = {"beta": 0.0083, "tilt": 0.3, "sparsity": 0.6, "allocation": "arithmetic"}
+    sparse = {"beta": 0.0083, "tilt": 0.3, "sparsity": 0.6, "bits": 0.0}
+    sparse |= {"allocation": "arithmetic"}
     return {
         "spec": parse_spec(raw, "test.toml").model_dump(),
         "model": {

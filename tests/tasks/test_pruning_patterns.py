@@ -29,12 +29,12 @@ def test_patterns_are_read() -> None:
     assert parse_pattern("N:8") == (None, 8)
 
 
-@pytest.mark.parametrize("pattern", ["4:2", "4:4", "0:4", "2:4:8", "N:M", "", "structured", "-1:4"])
+@pytest.mark.parametrize("pattern", ["4:2", "4:4", "0:4", "2:4:8", "N:M", "", "columns", "-1:4"])
 def test_what_is_no_pattern_is_refused(pattern: str) -> None:
     with pytest.raises(UserError, match=r"prune\.pattern=.* is none: unstructured, N:M such"):
         parse_pattern(pattern)
     raw = {"model": {"source": "m"}, "data": {"source": "d"}, "prune": {"pattern": pattern}}
-    with pytest.raises(UserError, match=r"prune\.pattern=.*: write unstructured, N:M such as 2:4"):
+    with pytest.raises(UserError, match=r"prune\.pattern=.*: write unstructured, structured, N:M"):
         parse_spec(raw, "mine.toml")
     assert PruneSpec(pattern="N:8").pattern == "N:8"
 

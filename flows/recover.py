@@ -1,0 +1,154 @@
+"""Fine-tuning a saved checkpoint without touching its zeros, into a run of its own.
+
+    sparseramp recover runs/quickstart/best
+    sparseramp recover runs/quickstart/best recovery.method=full run.dir=runs/full
+
+Start and resume are the same command. The run holds the checkpoint, best/, and recovery.json, which
+compares it with what it was made from, on the report split.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from flows.evaluate import saved_facts, spec_of
+from flows.pins import pin_recovery
+from flows.recovered import effort, kept, print_sides, side_of, told
+from flows.stop import stoppable
+from infra import tracking
+from infra.cluster import Cluster, connect, damaged
+from infra.errors import UserError
+from infra.records import TrialResult, TrialSpec
+from infra.sources import pinned
+from infra.specs import Spec
+from infra.store import RunStore, write_atomic
+from tasks.trial import refuse_unrecoverable, run_trial
+
+FILE = "recovery.json"
+STEPS = 200  # where the command does not say
+
+
+def recover(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -> dict[str, Any]:
+    """Fine-tune, measure before and after, save the checkpoint and the numbers; also printed.
+
+    Raises UserError for what is no checkpoint, what cannot be trained, and text that measures.
+    """
+    spec = _spec(checkpoint, overrides)
+    if sys.stderr.isatty():
+        print(f"fine-tuning {checkpoint} for {spec.recovery.steps} steps", file=sys.stderr)
+    with (
+        RunStore.open(spec, "recover") as store,
+        stoppable(store.dir),
+        connect(spec.cluster) as cluster,
+    ):
+        tracking.start(store.dir, spec.tracking)
+        trial = _trial(store)
+        unit = cluster.call(refuse_unrecoverable, trial)
+        if not store.waves():
+            store.write_wave(0, [trial])
+        result = store.results().get(0)
+        if result is None or result.state == "failed" or not _there(store, result):
+            result = _run(cluster, spec, trial)
+            store.write_result(result)
+            if result.state == "failed":
+                store.event("stopped", cause="UserError", reason=result.cause)
+                raise UserError(result.cause)
+            cluster.fetch(result, store.path("best"))
+        answer = {
+            "kind": "recovery",
+            "checkpoint": str(checkpoint),
+            "run": str(store.dir),
+            "sparsity": _sparsity(result),
+            **side_of(result, "loss", unit),
+            "spec": spec.recovery.model_dump(),
+            "provenance": store.provenance,
+        }
+        data = json.dumps(answer, indent=1, allow_nan=False).encode()
+        write_atomic(store.path(FILE), data)
+        store.event("finished")
+    if as_json:
+        print(json.dumps(answer, allow_nan=False))
+    else:
+        print_recovery(answer)
+    return answer
+
+
+def kept_recovery(run: Path) -> dict[str, Any]:
+    """What recovery.json of a run holds; raises UserError where there is none yet."""
+    try:
+        found: dict[str, Any] = json.loads((run / FILE).read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{run / FILE} cannot be read: give the command that started the run once more"
+        ) from error
+
+
+def print_recovery(answer: dict[str, Any]) -> None:
+    """The table, the conclusion, and where to look next."""
+    print_sides({"checkpoint": answer})
+    print(f"{effort(answer)} take {told(answer)}; {kept(answer)}.")
+    print(f"numbers     {Path(answer['run'], FILE)}")
+    print(f"checkpoint  {Path(answer['run'], 'best')}")
+
+
+def _spec(checkpoint: Path, overrides: list[str]) -> Spec:
+    """The spec of the run, its sources pinned; by default the run lies beside that of the
+    checkpoint."""
+    spec = spec_of(checkpoint, overrides)
+    if saved_facts(checkpoint).get("bits"):
+        raise UserError(f"{checkpoint} is rounded: training takes its weights off their grid")
+    recovery = spec.recovery
+    if "steps" not in recovery.model_fields_set:
+        recovery = recovery.model_copy(update={"steps": STEPS})
+    if not recovery.steps:
+        raise UserError("recovery.steps=0 recovers nothing: give the steps, such as 200")
+    beside = checkpoint.resolve().parent
+    is_run = (beside / "run.json").is_file()
+    default = beside.with_name(f"{beside.name if is_run else checkpoint.name}-recovered")
+    update = {
+        "model": spec.model.model_copy(update={"source": pinned(spec.model.source)}),
+        "recovery": pin_recovery(recovery),
+        "run": spec.run if spec.run.dir else spec.run.model_copy(update={"dir": str(default)}),
+    }
+    return spec.model_copy(update=update)
+
+
+def _trial(store: RunStore) -> TrialSpec:
+    """The trial that the run began with, or is to begin with."""
+    if waves := store.waves():
+        return waves[0][0]
+    spec = store.spec
+    return TrialSpec(
+        number=0,
+        stage="final",
+        model=spec.model,
+        data=spec.data,
+        calibration=spec.calibration,
+        prune=spec.prune,
+        split="report",
+        windows=spec.evaluation.report_windows,
+        context=spec.evaluation.context,
+        checkpoint=True,
+        recovery=spec.recovery,
+    )
+
+
+def _run(cluster: Cluster, spec: Spec, trial: TrialSpec) -> TrialResult:
+    """The trial on one worker, or on several that share every batch."""
+    if spec.recovery.workers > 1:
+        return cluster.together(run_trial, trial, spec.recovery.workers)
+    return next(iter(cluster.run(run_trial, [trial])))
+
+
+def _there(store: RunStore, result: TrialResult) -> bool:
+    """Whether the checkpoint is in the run as it was saved."""
+    return store.path("best").is_dir() and not damaged(result, store.path("best"))
+
+
+def _sparsity(result: TrialResult) -> float:
+    assert result.recovery is not None
+    return result.recovery.zeros_after / sum(matrix.params for matrix in result.matrices)

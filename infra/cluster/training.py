@@ -1,0 +1,65 @@
+"""A fine-tune on several workers that share every batch: Ray Train sets up torch.distributed.
+
+    result = train_together(run_trial, spec, workers=2, cpus=1.0, gpus=0.0)
+
+Every worker runs the trial; the first saves the checkpoint and gives the result. gloo carries
+gradients between CPUs, NCCL between GPUs. A worker that is lost begins all of them again, from the
+last state, at most twice.
+"""
+
+import tempfile
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+
+from infra.cluster.dispatch import MAX_LOST
+from infra.cluster.worker import TrialFunction, Worker, first_line
+from infra.errors import UserError
+from infra.records import TrialResult, TrialSpec
+
+
+def train_together(
+    function: TrialFunction, spec: TrialSpec, *, workers: int, cpus: float, gpus: float
+) -> TrialResult:
+    """Run a trial in `workers` processes of so many CPUs and GPUs each.
+
+    Raises UserError where they cannot be started or one is lost too often.
+    """
+    from ray.train.torch import TorchTrainer  # with torch, which takes seconds
+
+    resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer: Any = TorchTrainer(
+            _work,  # type: ignore[arg-type]  # what it returns is in the result
+            train_loop_config={"function": function, "spec": spec, "threads": max(1, int(cpus))},
+            scaling_config=ScalingConfig(
+                num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                storage_path=folder, failure_config=FailureConfig(max_failures=MAX_LOST - 1)
+            ),
+        )
+        try:
+            given = trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            raise UserError(f"recovery on {workers} workers failed: {first_line(error)}") from error
+    assert isinstance(given, TrialResult)
+    return given
+
+
+def _work(config: dict[str, Any]) -> TrialResult:
+    """What every worker does; only the first saves the checkpoint, and its result is taken."""
+    from ray.train.torch import get_device
+
+    worker = Worker(config["threads"])
+    spec: TrialSpec = config["spec"]
+    if get_device().type == "cuda":
+        import torch
+
+        torch.cuda.set_device(get_device())
+    if get_context().get_world_rank():
+        spec = spec.model_copy(update={"checkpoint": False})
+    node = ray.get_runtime_context().get_node_id()
+    _, result = worker.trial(config["function"], spec, 1, node)
+    return result

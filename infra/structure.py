@@ -1,0 +1,181 @@
+"""The structure of a model that lost whole channels and heads: what `structure.json` states.
+
+    structure = read_structure(Path("runs/small/best"))
+    shrink(model, structure.blocks["model.layers.0"])     # a module becomes smaller, in place
+    condense(folder, structure); expand(folder, elsewhere)
+
+Blocks differ in width then, which no library's configuration can say. The folder holds the smaller
+weights; with zeros in the place of what went it is an ordinary checkpoint again, which is how every
+command opens it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from filelock import FileLock
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from infra.errors import UserError
+from infra.frozen import Frozen
+from infra.packed import complete_folder
+from infra.sources import cache_dir, sha256_of
+
+STRUCTURE = "structure.json"
+_MOST = 1 << 34  # weights of a matrix that is filled up with zeros
+
+Count = Annotated[int, Field(strict=True, ge=1, lt=1 << 32)]
+
+
+class Cut(Frozen):
+    """A parameter that loses a share of one dimension, which is `segments` runs of all units."""
+
+    parameter: str = Field(description="its name inside the block")
+    dim: Literal[0, 1]
+    segments: Count = 1
+
+    def places(self, count: int, kept: Sequence[int], size: int) -> Tensor:
+        """Indices along the dimension, `size` long at first, that stay."""
+        each = size // (self.segments * count)
+        whole = torch.arange(size).reshape(self.segments, count, each)
+        return whole[:, list(kept)].flatten()
+
+
+class Removed(Frozen):
+    """Units of one block that went together: channels, or heads."""
+
+    count: Count = Field(description="units that there were")
+    kept: list[Annotated[int, Field(strict=True, ge=0)]]
+    cuts: list[Cut]
+    holder: str = Field("", description="the module that the attributes belong to")
+    attributes: dict[str, int] = Field({}, description="such as num_heads, as they have become")
+
+
+class Structure(Frozen):
+    """All of a model."""
+
+    version: Literal[1] = 1
+    blocks: dict[str, list[Removed]] = Field(description="by the name of the block")
+
+
+def shrink(block: nn.Module, removed: Sequence[Removed]) -> None:
+    """Take the removed units out of a block, in place; what is on `meta` only changes its shape."""
+    for units in removed:
+        for cut in units.cuts:
+            path, _, name = cut.parameter.rpartition(".")
+            owner, whole = block.get_submodule(path), block.get_parameter(cut.parameter)
+            places = cut.places(units.count, units.kept, whole.shape[cut.dim]).to(whole.device)
+            part = whole.detach().index_select(cut.dim, places)
+            setattr(owner, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+            _state_sizes(owner)
+        for name, value in units.attributes.items():
+            setattr(block.get_submodule(units.holder), name, value)
+
+
+def _state_sizes(owner: nn.Module) -> None:
+    """What a layer says of its sizes."""
+    weight = owner.weight
+    assert isinstance(weight, Tensor)
+    first, last = ("nx", "nf") if hasattr(owner, "nf") else ("out_features", "in_features")
+    if isinstance(owner, nn.Conv2d):
+        first, last = "out_channels", "in_channels"
+    for name, size in zip((first, last), weight.shape, strict=False):
+        setattr(owner, name, size)
+
+
+def read_structure(folder: Path) -> Structure:
+    """Raises UserError where it is damaged, or of a later version."""
+    path = folder / STRUCTURE
+    try:
+        return Structure.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError, RecursionError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path} cannot be read: {reason}: fetch the checkpoint again") from None
+
+
+def condense(folder: Path, structure: Structure) -> None:
+    """Write the smaller weights in the place of a checkpoint's own, and `structure.json`."""
+    cuts = _cuts(structure)
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = {}
+        for name, tensor in load_file(file).items():
+            for cut, units in cuts.get(name, ()):
+                places = cut.places(units.count, units.kept, tensor.shape[cut.dim])
+                tensor = tensor.index_select(cut.dim, places)
+            tensors[name] = tensor.clone()
+        save_file(tensors, file, metadata={"format": "pt"})
+    text = structure.model_dump_json(indent=1)
+    (folder / STRUCTURE).write_text(text, encoding="utf-8")
+
+
+def expand(folder: Path, destination: Path) -> None:
+    """Write the checkpoint with zeros where units were removed; any library loads that.
+
+    Raises UserError where a file is damaged or does not fit its structure.json.
+    """
+    cuts = _cuts(read_structure(folder))
+    with complete_folder(destination) as made:
+        for file in sorted(folder.iterdir()):
+            if file.suffix == ".safetensors":
+                try:
+                    tensors = load_file(file)
+                except (OSError, SafetensorError) as error:
+                    raise UserError(f"cannot read {file}: {error}: fetch it again") from None
+                whole = {name: _whole(t, cuts.get(name, [])) for name, t in tensors.items()}
+                save_file(whole, made / file.name, metadata={"format": "pt"})
+            elif file.name != STRUCTURE and file.is_file():
+                shutil.copyfile(file, made / file.name)
+
+
+def _whole(tensor: Tensor, cuts: Sequence[tuple[Cut, Removed]]) -> Tensor:
+    for cut, units in cuts:
+        kept, size = len(units.kept), tensor.shape[cut.dim]
+        if not kept or size % kept or max(units.kept) >= units.count:
+            raise UserError(
+                f"{cut.parameter} has {size} rows or columns, {STRUCTURE} keeps {kept} of "
+                f"{units.count} units: fetch both again"
+            )
+        full = size // kept * units.count
+        if full * tensor.numel() // size > _MOST:
+            raise UserError(f"{cut.parameter} would have {full} rows or columns: fetch it again")
+        shape = [full if d == cut.dim else n for d, n in enumerate(tensor.shape)]
+        places = cut.places(units.count, units.kept, full)
+        tensor = tensor.new_zeros(shape).index_copy_(cut.dim, places, tensor)
+    return tensor.contiguous()
+
+
+def _cuts(structure: Structure) -> dict[str, list[tuple[Cut, Removed]]]:
+    """By the full name of the parameter."""
+    found: dict[str, list[tuple[Cut, Removed]]] = {}
+    for block, removed in structure.blocks.items():
+        for units in removed:
+            for cut in units.cuts:
+                found.setdefault(f"{block}.{cut.parameter}", []).append((cut, units))
+    return found
+
+
+def expanded(folder: Path) -> Path:
+    """The checkpoint with zeros where units were removed, made once per node in `cache_dir()`."""
+    files = [*sorted(folder.glob("*.safetensors")), folder / STRUCTURE]
+    stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = hashlib.sha256(json.dumps([sha256_of(folder / STRUCTURE), stamps]).encode()).hexdigest()[
+        :24
+    ]
+    kept = cache_dir() / "expanded" / key
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{kept}.lock"):
+            if not kept.is_dir():
+                expand(folder, kept)
+    except OSError as error:
+        raise UserError(f"cannot expand {folder} into {kept.parent}: {error.strerror}") from error
+    return kept

@@ -1,0 +1,341 @@
+"""Units of a block that can go as a whole: feed-forward channels, and heads with what they share.
+
+    find_units(block, lambda: model(input_ids=ids, use_cache=False))
+    # [Units(consumer=o_proj, count=3, producers=(q, k, v)),
+    #  Units(consumer=down_proj, count=1536, producers=(gate, up))]
+
+No architecture is named. A row of a weight is set to zero, and the inputs of later products that
+change tell what it feeds: one channel, or all heads of a group, whose columns go together with
+the rows. What was found is proven by running a copy of the block that has become smaller.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infra.errors import UserError
+from infra.structure import Cut, Removed, shrink
+from modalities.blocks import Block
+from modalities.products import Matrix, ProductWatcher
+
+_ROWS = 8  # of each weight that are tried
+_SEGMENTS = (1, 2, 3)  # that a fused weight may have: gate and up, or q, k and v
+_CHANGED = 1e-4  # of the largest input
+_LEFT = 0.1  # of a block's weights may belong to no unit: keys and values that all heads share
+_COUNTED = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
+_SIZED = ("attn_dim", "all_head_size", "embed_dim", "split_size")
+
+
+@dataclass(frozen=True, eq=False)
+class Producer:
+    """A weight whose rows make the inputs of a consumer; `segments` of them lie one below the
+    other where it is fused."""
+
+    matrix: Matrix
+    segments: int
+
+    def rows(self, gone: Tensor) -> Tensor:
+        """Mask of its rows that belong to some units. gone: units, True where one goes."""
+        each = self.matrix.weight().shape[0] // (self.segments * gone.numel())
+        return gone.repeat_interleave(each).repeat(self.segments)
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """`count` equal parts of the columns of a weight, with the rows of others that feed them."""
+
+    consumer: Matrix
+    count: int
+    producers: tuple[Producer, ...]
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """All that loses something with a unit."""
+        return (self.consumer, *(producer.matrix for producer in self.producers))
+
+    def columns(self, gone: Tensor) -> Tensor:
+        """Mask of the consumer's columns. gone: units, True where one goes."""
+        return gone.repeat_interleave(self.consumer.weight().shape[1] // self.count)
+
+    @property
+    def params(self) -> int:
+        """Weights of one unit."""
+        return sum(matrix.params for matrix in self.matrices) // self.count
+
+    def removed(self, gone: Tensor) -> Removed:
+        """What removing some of them makes of the block. gone: units, True where one goes."""
+        block, consumer = self.consumer.block, self.consumer
+        cuts = [Cut(parameter=consumer.parameter, dim=0 if consumer.transposed else 1)]
+        names = {name for name, _ in block.named_parameters()}
+        for producer in self.producers:
+            matrix, segments = producer.matrix, producer.segments
+            dim = 1 if matrix.transposed else 0
+            cuts.append(Cut(parameter=matrix.parameter, dim=dim, segments=segments))
+            bias = f"{matrix.parameter.removesuffix('weight')}bias"
+            if matrix.parameter.endswith("weight") and bias in names:
+                cuts.append(Cut(parameter=bias, dim=0, segments=segments))
+        kept = (~gone).nonzero().flatten().tolist()
+        holder = consumer.parameter.rpartition(".")[0].rpartition(".")[0]
+        module = block.get_submodule(holder)
+        heads = self.count < consumer.weight().shape[1]
+        stated = {name: getattr(module, name, None) for name in (*_COUNTED, *_SIZED)}
+        attributes = {
+            name: value * len(kept) // self.count
+            for name, value in stated.items()
+            if heads and isinstance(value, int)
+        }
+        return Removed(count=self.count, kept=kept, cuts=cuts, holder=holder, attributes=attributes)
+
+
+def find_units(blocks: Sequence[Block], forward: Callable[[], Any]) -> list[list[Units]]:
+    """The units of every block, the largest first; `forward` runs the model on something small.
+
+    Blocks of one kind are tried once. Raises UserError for a block whose weights do not fall into
+    units that its code can do without.
+    """
+    found: dict[Any, list[tuple[str, int, list[tuple[str, int]]]]] = {}
+    for block in blocks:
+        if _kind(block) in found:
+            continue
+        if any(matrix.expert is not None for matrix in block.matrices):
+            raise UserError(
+                f"prune.pattern=structured: {block.name} has a mixture of experts, whose channels "
+                "cannot be removed: use prune.pattern=unstructured"
+            )
+
+        def probe(original: Any, *args: Any, block: Block = block, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            units = _units(block, lambda module: module(*args, **kwargs), original)
+            found[_kind(block)] = [
+                (u.consumer.name, u.count, [(p.matrix.name, p.segments) for p in u.producers])
+                for u in units
+            ]
+            return output
+
+        with _forward_of(block.module, probe), torch.no_grad():
+            forward()
+    return [_of_block(block, found[_kind(block)]) for block in blocks]
+
+
+def _kind(block: Block) -> Any:
+    shapes = tuple((m.name, m.transposed, tuple(m.weight().shape)) for m in block.matrices)
+    return type(block.module), shapes
+
+
+def _of_block(block: Block, found: list[tuple[str, int, list[tuple[str, int]]]]) -> list[Units]:
+    named = {matrix.name: matrix for matrix in block.matrices}
+    units = [
+        Units(named[name], count, tuple(Producer(named[n], segments) for n, segments in producers))
+        for name, count, producers in found
+    ]
+    return sorted(units, key=lambda each: -each.params)
+
+
+Call = Callable[[Callable[..., Any]], Any]  # runs a block, or its forward, on what it was given
+
+
+def _units(block: Block, call: Call, forward: Callable[..., Any]) -> list[Units]:
+    """Of one block, by running it on what it was given; `forward` is its own."""
+    plain = _inputs(block, call, forward)
+    reached = {matrix: _reached(block, matrix, plain, call, forward) for matrix in block.matrices}
+    units = []
+    for consumer in block.matrices:
+        if consumer not in plain:
+            continue
+        size = plain[consumer].shape[1]
+        widths = {}
+        for matrix, rows in reached.items():
+            spans = [changed[consumer] for changed in rows.values() if changed[consumer].any()]
+            width = max((_cell(span) for span in spans), default=size)
+            if width <= size // 2:
+                widths[matrix] = width
+        if not widths:
+            continue
+        count = size // max(widths.values())
+        producers = [
+            Producer(matrix, _segments(matrix, reached[matrix], consumer, count, block))
+            for matrix in widths
+        ]
+        units.append(Units(consumer, count, tuple(producers)))
+    _refuse_uncovered(block, units)
+    for each in units:
+        _prove(block, each, plain, call, forward)
+    return units
+
+
+def _inputs(block: Block, call: Call, forward: Callable[..., Any]) -> dict[Matrix, Tensor]:
+    """Of every product: tokens x in."""
+    found: dict[Matrix, Tensor] = {}
+
+    def watch(matrix: Matrix, inputs: Tensor) -> None:
+        found[matrix] = inputs.detach().clone()
+
+    with ProductWatcher(block.matrices, watch):
+        call(forward)
+    return found
+
+
+def _reached(
+    block: Block,
+    matrix: Matrix,
+    plain: dict[Matrix, Tensor],
+    call: Call,
+    forward: Callable[..., Any],
+) -> dict[int, dict[Matrix, Tensor]]:
+    """Of some rows of a weight, which inputs of every product change without them."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for row in torch.randperm(matrix.weight().shape[0], generator=generator)[:_ROWS].tolist():
+        mask = torch.zeros(matrix.weight().shape[0], dtype=torch.bool)
+        mask[row] = True
+        with _without(matrix, mask):
+            after = _inputs(block, call, forward)
+        found[row] = {m: _changed(plain[m], after[m]) for m in plain if m in after}
+    return found
+
+
+def _changed(before: Tensor, after: Tensor) -> Tensor:
+    """Mask of the columns that differ."""
+    if before.shape != after.shape:
+        return torch.ones(before.shape[1], dtype=torch.bool)
+    apart = (before.float() - after.float()).abs().amax(0)
+    return (apart > _CHANGED * before.float().abs().max()).cpu()
+
+
+def _cell(span: Tensor) -> int:
+    """The width of the smallest of all equal parts that holds everything that changed."""
+    places, size = span.nonzero().flatten(), span.numel()
+    first, last = int(places[0]), int(places[-1])
+    return min(w for w in range(1, size + 1) if size % w == 0 and first // w == last // w)
+
+
+def _segments(
+    matrix: Matrix,
+    rows: dict[int, dict[Matrix, Tensor]],
+    consumer: Matrix,
+    count: int,
+    block: Block,
+) -> int:
+    """Of how many parts one below the other a weight is made, each of which feeds all units."""
+    out = matrix.weight().shape[0]
+    for segments in _SEGMENTS:
+        if out % (segments * count):
+            continue
+        each = out // (segments * count)
+        if all(
+            int(changed[consumer].nonzero()[0]) // (changed[consumer].numel() // count)
+            == row % (out // segments) // each
+            for row, changed in rows.items()
+            if changed[consumer].any()
+        ):
+            return segments
+    raise UserError(
+        f"prune.pattern=structured: the rows of {block.name}.{matrix.name} do not fall into "
+        f"{count} units: use prune.pattern=unstructured"
+    )
+
+
+def _refuse_uncovered(block: Block, units: list[Units]) -> None:
+    covered = {matrix for each in units for matrix in each.matrices}
+    rest = [matrix for matrix in block.matrices if matrix not in covered]
+    total = sum(matrix.params for matrix in block.matrices)
+    if sum(matrix.params for matrix in rest) > _LEFT * total:
+        raise UserError(
+            f"prune.pattern=structured: {block.name}.{rest[0].name} belongs to no channel or head "
+            "that could be removed: use prune.pattern=unstructured"
+        )
+
+
+def _prove(
+    block: Block,
+    units: Units,
+    plain: dict[Matrix, Tensor],
+    call: Call,
+    forward: Callable[..., Any],
+) -> None:
+    """A copy without half of the units gives what the block gives with zeros in their place."""
+    gone = torch.arange(units.count) % 2 == 1
+    masks = [(producer.matrix, producer.rows(gone)) for producer in units.producers]
+    with _several_without(masks):
+        kept = ~_changed(plain[units.consumer], _inputs(block, call, forward)[units.consumer])
+        with _without(units.consumer, units.columns(gone), columns=True):
+            wanted = _tensor(call(forward))
+    smaller = copy.deepcopy(block.module)
+    smaller.__dict__.pop("forward", None)  # what watches the original is not for the copy
+    smaller._forward_hooks.clear()
+    smaller._forward_pre_hooks.clear()
+    shrink(smaller, [units.removed(gone)])
+    try:
+        found = _tensor(call(smaller))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        found, reason = None, str(error).splitlines()[0]
+    else:
+        reason = "it computes something else"
+    close = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 5e-2
+    if not kept[~units.columns(gone)].all():
+        reason, found = "they are not independent", None
+    if found is None or float((found - wanted).abs().max()) > close * float(wanted.abs().max()):
+        raise UserError(
+            f"prune.pattern=structured: {block.name} ({type(block.module).__name__}) does not work "
+            f"without half of the {units.count} units of {units.consumer.name}: {reason}; use "
+            "prune.pattern=unstructured"
+        )
+
+
+def _tensor(output: Any) -> Tensor:
+    found = output[0] if isinstance(output, tuple) else output
+    assert isinstance(found, Tensor)
+    return found
+
+
+@contextmanager
+def _several_without(masks: Sequence[tuple[Matrix, Tensor]]) -> Iterator[None]:
+    if not masks:
+        yield
+        return
+    with _without(*masks[0]), _several_without(masks[1:]):
+        yield
+
+
+@contextmanager
+def _without(matrix: Matrix, mask: Tensor, *, columns: bool = False) -> Iterator[None]:
+    """Some rows, or columns, of a weight are zero inside; its own memory is not touched."""
+    parameter = matrix.block.get_parameter(matrix.parameter)
+    own = parameter.data
+    parameter.data = own.clone()
+    weight = matrix.weight()
+    (weight.t() if columns else weight)[mask.to(weight.device)] = 0
+    try:
+        yield
+    finally:
+        parameter.data = own
+
+
+@contextmanager
+def _forward_of(module: nn.Module, replacement: Callable[..., Any]) -> Iterator[None]:
+    """`replacement(original, ...)` is called instead of a module's forward, once."""
+    before = module.__dict__.get("forward")
+    original = module.forward
+
+    def restore() -> None:
+        if before is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = before
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        restore()
+        return replacement(original, *args, **kwargs)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        restore()

@@ -1,0 +1,156 @@
+"""Structured pruning: how many channels and heads each block loses, and the smaller model.
+
+    counts = unit_counts([0.3, 0.3], [3_000, 3_000], [[(300, 3), (3, 700)]] * 2)  # [[1, 200], ...]
+    model = load_smaller("runs/small/best")          # of transformers or timm, ready to run
+
+While it is pruned and evaluated a model keeps its shape, with zeros where units went; what is saved
+lacks them. modalities/units.py finds the units, tasks/pruning/structured.py chooses among them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from infra.checkpoints import check_safetensors
+from infra.errors import UserError
+from infra.structure import STRUCTURE, Structure, read_structure, shrink
+from infra.weights import MappedWeights
+
+if TYPE_CHECKING:
+    from modalities.base import Modality
+    from modalities.units import Units
+
+
+@dataclass(frozen=True, eq=False)
+class UnitBudget:
+    """How many of some units go."""
+
+    units: Units
+    goes: int
+
+
+def unit_counts(
+    rates: Sequence[float], params: Sequence[int], units: Sequence[Sequence[tuple[int, int]]]
+) -> list[list[int]]:
+    """How many units of each kind every block loses, such that it loses its share of weights.
+
+    rates, params: one per block, params all of its prunable weights. units: of each block
+    (weights of one, how many there are) per kind, the largest first. All kinds of a block have its
+    rate; what rounding leaves of the large ones is carried to the same kind of the next block and
+    made up for by the smallest kind of this one, so that a block, and with it two allocations of
+    one mean, are exact to one smallest unit. One unit of each kind always stays.
+
+    Raises UserError where that leaves too many.
+    """
+    carried: dict[int, float] = {}
+    carry, found, smallest = 0.0, [], 0
+    for rate, total, kinds in zip(rates, params, units, strict=True):
+        wanted = rate * total + carry
+        counts = []
+        for place, (size, count) in enumerate(kinds[:-1]):
+            exact = rate * count + carried.get(place, 0.0)
+            counts.append(min(count - 1, max(0, math.floor(exact + 0.5))))
+            carried[place] = max(-0.5, min(0.5, exact - counts[-1]))  # no more than rounding
+            wanted -= counts[-1] * size
+        size, count = kinds[-1]
+        counts.append(min(count - 1, max(0, math.floor(wanted / size + 0.5))))
+        carry = wanted - counts[-1] * size
+        smallest = max(smallest, size)
+        found.append(counts)
+    if abs(carry) > smallest:
+        raise UserError(
+            "prune.pattern=structured: one channel and one head of each block must stay, so "
+            f"{carry / sum(params):.1%} of the weights cannot go: choose less sparsity or tilt"
+        )
+    return found
+
+
+def unit_budgets(modality: Modality, rates: Sequence[float]) -> list[list[UnitBudget]]:
+    """What goes of every block. rates: one per matrix, as modality.matrices() orders them."""
+    units = modality.units()
+    left = iter(rates)
+    params = [[matrix.params for matrix in block.matrices] for block in modality.blocks]
+    means = [sum(next(left) * p for p in each) / sum(each) for each in params]
+    sizes = [[(kind.params, kind.count) for kind in block] for block in units]
+    counts = unit_counts(means, [sum(each) for each in params], sizes)
+    return [
+        [UnitBudget(kind, goes) for kind, goes in zip(kinds, each, strict=True)]
+        for kinds, each in zip(units, counts, strict=True)
+    ]
+
+
+def structure_of(modality: Modality, gone: Sequence[tuple[Units, Tensor]]) -> Structure:
+    """What removing units makes of a model. gone: of each, a mask of units."""
+    names = {id(block.module): block.name for block in modality.blocks}
+    blocks: dict[str, Any] = {}
+    for units, mask in gone:
+        blocks.setdefault(names[id(units.consumer.block)], []).append(units.removed(mask.cpu()))
+    return Structure(blocks=blocks)
+
+
+def shrink_model(model: nn.Module, structure: Structure) -> nn.Module:
+    """Take the removed units out of a model of full size, in place."""
+    for name, removed in structure.blocks.items():
+        shrink(model.get_submodule(name), removed)
+    return model
+
+
+def is_structured(folder: Path) -> bool:
+    """Whether a checkpoint's blocks lack units."""
+    return (folder / STRUCTURE).is_file()
+
+
+def load_smaller(folder: Path | str) -> Any:
+    """The smaller model of a structured checkpoint: of transformers or timm, in eval mode.
+
+    Raises UserError where the folder is none, or where a file is damaged or does not fit.
+    """
+    folder = Path(folder)
+    if not is_structured(folder):
+        raise UserError(f"{folder} has no {STRUCTURE}: load it with its own library")
+    structure = read_structure(folder)
+    state: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        check_safetensors(file)
+        state |= MappedWeights(file).read()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model: Any = (_of_timm if "architecture" in config else _of_transformers)(folder)
+    try:
+        shrink_model(model, structure)
+        _, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except (RuntimeError, AttributeError, IndexError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{folder} does not fit its {STRUCTURE}: {reason}") from error
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty or unexpected:
+        raise UserError(f"{folder} does not fit its config.json: {(empty or unexpected)[0]}")
+    dtype = next(iter(t.dtype for t in state.values() if t.is_floating_point()))
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def _of_transformers(folder: Path) -> Any:
+    import transformers
+    from accelerate import init_empty_weights
+
+    trust = any(folder.glob("*.py"))  # there only after consent
+    config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _of_timm(folder: Path) -> Any:
+    import timm
+
+    return timm.create_model(f"local-dir:{folder.absolute()}", pretrained=False)

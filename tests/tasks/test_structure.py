@@ -1,0 +1,168 @@
+"""A model that lost channels and heads: the masked one, the smaller one and the saved one agree.
+
+python -m pytest tests/tasks/test_structure.py
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from infra.errors import UserError
+from infra.records import TrialSpec
+from infra.specs import CalibrationSpec, DataSpec, ModelSpec, PruneSpec, SpeedSpec
+from infra.structure import STRUCTURE, expanded, read_structure
+from tasks import trial
+from tasks.speed import measure_speed
+from tasks.structure import load_smaller
+from tests.models import write_checkpoint
+from tests.timm_models import write_images, write_timm
+
+METHODS = ("magnitude", "wanda", "taylor", "sparsegpt")
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    yield
+    trial._loaded.clear()
+
+
+def asked(folder: Path, data: DataSpec, **prune: Any) -> TrialSpec:
+    given: dict[str, Any] = {"pattern": "structured", "sparsity": 0.3, "beta": 0.03}
+    dtype = prune.pop("dtype", "float32")
+    modality = prune.pop("modality", "language")
+    return TrialSpec(
+        number=0,
+        stage="final",
+        model=ModelSpec(source=str(folder), dtype=dtype, modality=modality),
+        data=data,
+        calibration=CalibrationSpec(samples=4, length=32),
+        prune=PruneSpec(**given | prune),
+        split="report",
+        windows=6,
+        context=0 if modality == "vision" else 24,
+        error_curves=True,
+        checkpoint=True,
+    )
+
+
+@pytest.mark.parametrize("pause", ["block", "linear"])
+@pytest.mark.parametrize(
+    "family, method",
+    [*(("llama-tied", method) for method in METHODS), ("opt", "wanda"), ("gpt2", "sparsegpt")],
+)
+def test_the_saved_model_is_smaller_and_the_same(
+    tmp_path: Path, cache: Path, text: DataSpec, family: str, method: str, pause: Any
+) -> None:
+    spec = asked(write_checkpoint(family, tmp_path / family), text, method=method, pause=pause)
+    result = trial.run_trial(spec)
+    model = load_smaller(result.checkpoint)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / family)
+    params = sum(m.params for m in result.matrices)
+    removed = sum(m.zeros for m in result.matrices)
+    channel = 3 * 32
+    assert abs(removed - 0.3 * params) <= channel
+    biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
+    whole = sum(p.numel() for n, p in dense.named_parameters() if n.endswith("bias"))
+    lost = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in model.parameters())
+    assert lost == removed + whole - biases
+    # With zeros in the place of what went, transformers loads it, and gives the same to rounding.
+    masked = AutoModelForCausalLM.from_pretrained(expanded(Path(result.checkpoint)))
+    ids = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(ids).logits, masked(ids).logits, rtol=1e-4, atol=1e-4)
+    new = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(new, masked.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0))
+    # What is opened again is the model that was measured.
+    again = ModelSpec(source=result.checkpoint, dtype="float32")
+    nothing = {"model": again, "prune": PruneSpec(sparsity=0.0), "checkpoint": False}
+    assert trial.run_trial(spec.model_copy(update=nothing)).losses == result.losses
+    wide = [r.kept for r in read_structure(Path(result.checkpoint)).blocks.values() for r in r]
+    assert len({len(kept) for kept in wide}) > 2  # blocks differ in width
+    assert result.block_rates == sorted(result.block_rates)
+
+
+def test_all_methods_remove_as_much(tmp_path: Path, cache: Path, text: DataSpec) -> None:
+    folder = write_checkpoint("llama", tmp_path / "llama")
+    found = {}
+    for method in METHODS:
+        for beta in (0.0, 0.05):
+            spec = asked(folder, text, method=method, beta=beta)
+            result = trial.run_trial(spec.model_copy(update={"checkpoint": False}))
+            found[method, beta] = sum(m.zeros for m in result.matrices)
+    assert max(found.values()) - min(found.values()) <= 3 * 32
+
+
+def test_bfloat16(tmp_path: Path, cache: Path, text: DataSpec) -> None:
+    folder = write_checkpoint("llama", tmp_path / "llama")
+    result = trial.run_trial(asked(folder, text, dtype="bfloat16"))
+    assert {p.dtype for p in load_smaller(result.checkpoint).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["vit", "convnext"])
+def test_image_classifiers(tmp_path: Path, cache: Path, family: str) -> None:
+    data = write_images(tmp_path / "images")
+    spec = asked(write_timm(family, tmp_path / family), data, modality="vision", method="taylor")
+    result = trial.run_trial(spec)
+    model = load_smaller(result.checkpoint)
+    import timm
+
+    masked = timm.create_model(f"local-dir:{expanded(Path(result.checkpoint))}", pretrained=True)
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(pixels), masked.eval()(pixels), rtol=1e-4, atol=1e-4)
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in masked.parameters())
+
+
+def test_its_speed_is_measured_without_an_engine(
+    tmp_path: Path, cache: Path, text: DataSpec
+) -> None:
+    result = trial.run_trial(asked(write_checkpoint("llama", tmp_path / "llama"), text))
+    model = ModelSpec(source=result.checkpoint, dtype="float32")
+    speed = SpeedSpec(prompts=[16], batches=[1], new_tokens=2, runs=3)
+    record = measure_speed(model, speed)
+    dense, smaller = record.engines
+    assert (dense.name, smaller.name) == ("dense", "smaller")
+    assert smaller.resident_bytes < dense.resident_bytes
+    assert abs(smaller.kl) < 1e-5
+    assert all(set(case.seconds) == {"dense", "smaller"} for case in record.cases)
+    stored = (Path(result.checkpoint) / "model.safetensors").stat().st_size
+    assert record.stored_bytes == stored
+
+
+@pytest.mark.parametrize("method", ["dsnot", "alps", "pruner-zero"])
+def test_methods_that_choose_single_weights_are_refused(
+    tmp_path: Path, cache: Path, text: DataSpec, method: str
+) -> None:
+    spec = asked(write_checkpoint("llama", tmp_path / "llama"), text, method=method)
+    with pytest.raises(UserError, match=f"method={method} removes no whole channels: .* wanda"):
+        trial.run_trial(spec)
+
+
+def test_damaged_structures_are_one_line(tmp_path: Path, cache: Path, text: DataSpec) -> None:
+    result = trial.run_trial(asked(write_checkpoint("llama", tmp_path / "llama"), text))
+    folder = Path(result.checkpoint)
+    path = folder / STRUCTURE
+    whole = json.loads(path.read_text())
+    first = next(iter(whole["blocks"]))
+
+    def refused(change: Any, message: str) -> None:
+        facts = json.loads(json.dumps(whole))
+        change(facts)
+        path.write_text(json.dumps(facts))
+        for use in (load_smaller, lambda f: expanded(Path(f))):
+            with pytest.raises(UserError, match=message) as error:
+                use(folder)
+            assert "\n" not in str(error.value)
+
+    refused(lambda f: f.update(version=2), "structure.json cannot be read")
+    refused(lambda f: f["blocks"][first][1]["kept"].pop(), "structure.json")
+    refused(lambda f: f["blocks"][first][1].update(kept=[5000]), "structure.json")
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"structure\.json cannot be read"):
+        load_smaller(folder)
+    path.unlink()
+    with pytest.raises(UserError, match=r"has no structure\.json"):
+        load_smaller(folder)
