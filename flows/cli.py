@@ -3,7 +3,7 @@
     sparseramp search flows/specs/quickstart.toml prune.sparsity=0.7 run.dir=runs/seventy
 
 A spec says what; the few options here say how it is shown. Nothing heavy is imported before the
-spec is read. Exit codes: 0 done; 1 done, but cells of a study failed or are refused; 2 something
+spec is read. Exit codes: 0 done; 3 done, but cells of a study failed or are refused; 2 something
 the user can put right (one line); 130 stopped.
 """
 
@@ -21,6 +21,7 @@ from infra import environment
 from infra.errors import UserError, one_line
 
 OVERRIDES = "section.key=value, say prune.sparsity=0.7 run.dir=runs/seventy"
+SOME_UNFIT = 3  # 1 is what an uncaught error ends with
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -145,7 +146,7 @@ def _study(options: argparse.Namespace) -> int:
         )
         of = f"{len(unfit)} of {len(board['rows'])} cells have no result"
         print(f"sparseramp: {of} ({states}): {spec.dir}/leaderboard.html says why", file=sys.stderr)
-    return 1 if unfit else 0
+    return SOME_UNFIT if unfit else 0
 
 
 def _show_leaderboard(board: dict[str, Any], run: str, as_json: bool) -> None:
@@ -245,7 +246,7 @@ def _check(options: argparse.Namespace) -> int:
         from infra.study_files import load_study
 
         found = check_study(load_study(options.spec, options.overrides), as_json=options.json)
-        return 1 if found["refused"] else 0
+        return SOME_UNFIT if found["refused"] else 0
     spec, pruned = (
         load_spec(options.spec, options.overrides, run_suffix=suffix) for suffix in ("", "-prune")
     )

@@ -168,7 +168,7 @@ def test_a_finished_cell_is_not_touched_when_another_is_added(
     large += 'name = "large"\noverrides = {"cluster.cpus_per_trial" = 4000}\n'
     (project / "more.toml").write_text(text + more + large)
     done = run("study", project / "more.toml", "--json", cache=cache)
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 3, done.stderr
     assert done.stderr.splitlines()[-1] == (
         f"sparseramp: 1 of 5 cells have no result (1 refused): {folder}/leaderboard.html says why"
     )
