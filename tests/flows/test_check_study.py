@@ -126,7 +126,7 @@ def test_a_study_with_refused_cells_is_no_success(
 ) -> None:
     write_project(tmp_path)
     (tmp_path / "s.toml").write_text('[[cells]]\nspec = "tiny.toml"\nname = "a"\n')
-    for refused, code in (({}, 0), ({"a": "no node"}, 1)):
+    for refused, code in (({}, 0), ({"a": "no node"}, 3)):
         found = {"refused": refused}
         monkeypatch.setattr(flow, "check_study", lambda spec, found=found, **_: found)
         options = _parser().parse_args(["check", str(tmp_path / "s.toml")])
