@@ -89,6 +89,7 @@ def test_tables_have_a_column_only_where_any_was_fine_tuned() -> None:
         "state": "complete",
         "verdict": "gain",
         "asked": True,
+        "goal": "60 % sparsity",
         "sparsity": 0.6,
         "rates": [0.5, 0.7],
         "relative_loss": None,
