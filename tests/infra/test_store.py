@@ -90,6 +90,18 @@ def test_resume_keeps_identity_and_takes_what_may_change(make_spec: MakeSpec) ->
     assert [e["event"] for e in second.events()] == ["created", "resumed"]
 
 
+def test_a_run_of_an_earlier_version_goes_on(make_spec: MakeSpec, make_result: MakeResult) -> None:
+    """Its header lacks the keys that came later; they do nothing by default."""
+    with RunStore.open(make_spec()) as store:
+        store.write_wave(0, [make_result(0).spec])
+    header = json.loads(store.path("run.json").read_text())
+    del header["identity"]["prune"]["bits"]
+    store.path("run.json").write_text(json.dumps(header))
+    with pytest.raises(UserError, match=r"prune\.bits \(was 0, is 4"):
+        RunStore.open(make_spec(prune={"bits": 4.0}))
+    RunStore.open(make_spec()).close()
+
+
 def test_changed_spec_is_refused_by_key_once_a_wave_is_planned(
     make_spec: MakeSpec, make_result: MakeResult
 ) -> None:
