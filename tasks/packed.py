@@ -32,12 +32,14 @@ from infra.packed import (
     header_of,
     is_carried,
     short,
+    unpacked,
     write_safetensors,
 )
 from infra.packed_codes import GROUP, WIDTHS, Array, PackedCodes, codes_of, items_of, packed_codes
 from infra.sources import sha256_of
 from tasks.checkpoint import GRIDS_FILE
 from tasks.model_card import packed_card
+from tasks.structure import is_structured, load_smaller
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,6 +164,8 @@ def load_packed(folder: Path | str) -> Any:
     folder is damaged or its tensors are not those of the model.
     """
     folder = Path(folder)
+    if is_structured(folder):
+        return load_smaller(unpacked(folder))
     packed = PackedCheckpoint(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from infra.records import TrialSpec
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec, PruneSpec, SpeedSpec
 from infra.structure import STRUCTURE, expanded, read_structure
 from tasks import trial
-from tasks.packed import pack
+from tasks.packed import load_packed, pack
 from tasks.speed import measure_speed
 from tasks.structure import load_smaller
 from tests.models import write_checkpoint
@@ -153,6 +153,17 @@ def test_code_beside_the_weights_is_not_run(tmp_path: Path, cache: Path, text: D
     with pytest.raises(UserError, match="brings its own code") as error:
         load_smaller(folder)
     assert "\n" not in str(error.value) and not canary.exists()
+
+
+def test_a_packed_copy_is_loaded_too(tmp_path: Path, cache: Path, text: DataSpec) -> None:
+    first = trial.run_trial(asked(write_checkpoint("llama", tmp_path / "llama"), text))
+    trial._loaded.clear()
+    sparse = {"method": "wanda", "pattern": "unstructured", "sparsity": 0.8, "beta": 0.0}
+    result = trial.run_trial(asked(Path(first.checkpoint), text, **sparse))
+    pack(Path(result.checkpoint), tmp_path / "packed")
+    ours, theirs = load_packed(tmp_path / "packed"), load_smaller(result.checkpoint)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor)
 
 
 def test_a_missing_tensor_is_no_random_one(tmp_path: Path, cache: Path) -> None:
