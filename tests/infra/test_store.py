@@ -81,9 +81,7 @@ def test_written_spec_starts_the_same_run(make_spec: MakeSpec) -> None:
     assert load_spec(Path(spec.run.dir) / "spec.toml") == spec
 
 
-def test_resume_keeps_identity_and_takes_what_may_change(
-    make_spec: MakeSpec, make_result: MakeResult
-) -> None:
+def test_resume_takes_what_may_change(make_spec: MakeSpec, make_result: MakeResult) -> None:
     with RunStore.open(make_spec()) as first:
         first.write_wave(0, [make_result(0).spec])
     header = json.loads(first.path("run.json").read_text())
