@@ -56,8 +56,8 @@ def wanda_units(weight: Tensor, inputs: InputStatistics, count: int, goes: int) 
 
 
 def taylor_units(weight: Tensor, inputs: InputStatistics, count: int, goes: int) -> Tensor:
-    """Those whose weights move the loss least: sum of (W dL/dW)^2 (Molchanov et al., CVPR 2019,
-    equation 8)."""
+    """Those whose weights move the loss least: sum of (W dL/dW)^2, over windows as well (Molchanov
+    et al., CVPR 2019, equation 8)."""
     assert inputs.gradient is not None, "needs a gradient"
     return smallest_units((weight * inputs.gradient).square().sum(0), count, goes)
 

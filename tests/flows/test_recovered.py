@@ -90,6 +90,7 @@ def test_tables_have_a_column_only_where_any_was_fine_tuned() -> None:
         "verdict": "gain",
         "asked": True,
         "sparsity": 0.6,
+        "goal": "60 % sparsity",
         "rates": [0.5, 0.7],
         "relative_loss": None,
         "search_cost": 1.0,
