@@ -180,7 +180,7 @@ def _finished(cell: Cell, store: RunStore, report: dict[str, Any]) -> Row:
         "label": best["label"],
         **{key: best[key] for key in ("beta", "tilt")},
         "realised": best["sparsity"],
-        "realised_bits": best["bits"],
+        "realised_bits": best.get("bits", 0.0),  # none in reports of earlier versions
         "blocks": len(report["model"]["blocks"]),
         "family": report["model"]["architecture"],
         "peak_memory_bytes": report["cost"]["peak_memory_bytes"],

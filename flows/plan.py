@@ -19,6 +19,7 @@ from infra.records import PASSES, ModelRecord, TrialResult, TrialSpec
 from infra.samplers import grid, propose
 from infra.specs import ModelSpec, PruneSpec, Spec
 from tasks.allocation import bounds_of, measuring_windows, values_of, with_values
+from tasks.methods import method_named
 from tasks.statistics import ruled_out
 
 Results = Mapping[int, TrialResult]
@@ -140,8 +141,8 @@ def token_passes(trial: TrialSpec) -> int:
     calibration = _tokens(trial.calibration.samples, trial.calibration.length, trial.model)
     evaluation = _tokens(trial.windows, trial.context, trial.model)
     passes = 2 if trial.prune.pause == "block" else 1
-    if trial.prune.method == "pruner-zero":
-        passes += 3  # a forward and a backward of the dense model
+    if "gradient" in method_named(trial.prune.method).needs:
+        passes += PASSES
     passes_in_all = calibration * passes + evaluation * (3 if trial.error_curves else 1)
     if trial.recovery:
         windows = trial.recovery.steps * trial.recovery.batch

@@ -46,7 +46,7 @@ def with_rate(prune: Any) -> Any:
 
 
 def in_words(sparsity: float, bits: float, method: str, pattern: str) -> str:
-    """What is asked: 60 % sparsity; 3 bits; 50 % sparsity, 4 bits."""
-    kind = "structured" if pattern == "structured" else "sparsity"
+    """What is asked: 60 % sparsity; 30 % structured sparsity; 3 bits; 50 % sparsity, 4 bits."""
+    kind = "structured sparsity" if pattern == "structured" else "sparsity"
     zeros = [] if method in ROUNDING else [f"{100 * sparsity:g} % {kind}"]
     return ", ".join([*zeros, *([f"{bits:g} bits"] if bits else [])])

@@ -17,7 +17,7 @@ from infra.recovery_spec import RecoverySpec
 from infra.specs import CalibrationSpec, DataSpec, Modality, ModelSpec, PruneSpec
 
 Split = Literal["selection", "report"]
-PASSES = 4  # of a trained token: a forward, once more for its backward, which takes two
+PASSES = 4  # of a token with gradients: a forward, again for its backward, which takes two
 SHOWN = 12  # windows whose answers are kept in words
 LARGEST_EXPONENT = 700.0  # exp of it is 1e304; little more, and it is no number
 

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from infra.errors import UserError, nearest
-from infra.specs import Spec
+from infra.specs import DataSpec, ModelSpec, Spec
 
 
 def load_spec(
@@ -71,6 +71,17 @@ def parse_spec(raw: dict[str, Any], where: str) -> Spec:
         return Spec.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{explain(error)} ({where})") from None
+
+
+def with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a run of any version; keys that its version did not have get their defaults,
+    which do what it did."""
+    plain = Spec(model=ModelSpec(source="."), data=DataSpec(source=".")).identity()
+    defaults: dict[str, Any] = json.loads(json.dumps(plain))
+    return {
+        key: defaults.get(key, {}) | value if isinstance(value, dict) else value
+        for key, value in identity.items()
+    }
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

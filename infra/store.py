@@ -31,7 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 from infra.errors import UserError
 from infra.provenance import provenance
 from infra.records import ModelRecord, TrialResult, TrialSpec
-from infra.spec_files import changed_keys, parse_spec, toml_value
+from infra.spec_files import changed_keys, parse_spec, toml_value, with_defaults
 from infra.specs import Spec
 
 VERSION = 1
@@ -94,7 +94,7 @@ class RunStore:
                 begun = any((directory / "waves").glob("*.json"))
                 if not begun:  # nothing was tried yet, so the spec may still change
                     (directory / "model.json").unlink(missing_ok=True)
-                elif changes := changed_keys(header["identity"], identity):
+                elif changes := changed_keys(with_defaults(header["identity"]), identity):
                     raise UserError(
                         f"{directory} belongs to another spec, {', '.join(changes)}: undo the "
                         "change or choose another run.dir"

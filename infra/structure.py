@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 import torch
 from filelock import FileLock
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,9 +31,20 @@ from infra.packed import complete_folder
 from infra.sources import cache_dir, sha256_of
 
 STRUCTURE = "structure.json"
-_MOST = 1 << 34  # weights of a matrix that is filled up with zeros
+_LONGEST, _MOST = 1 << 20, 1 << 31  # rows, and weights, of a matrix that is filled up with zeros
 
-Count = Annotated[int, Field(strict=True, ge=1, lt=1 << 32)]
+Count = Annotated[int, Field(strict=True, ge=1, lt=_LONGEST)]
+# What modules say of their heads and sizes; nothing else is set from a file.
+Attribute = Literal[
+    "num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "attn_dim",
+    "all_head_size",
+    "embed_dim",
+    "split_size",
+]
 
 
 class Cut(Frozen):
@@ -57,7 +68,13 @@ class Removed(Frozen):
     kept: list[Annotated[int, Field(strict=True, ge=0)]]
     cuts: list[Cut]
     holder: str = Field("", description="the module that the attributes belong to")
-    attributes: dict[str, int] = Field({}, description="such as num_heads, as they have become")
+    attributes: dict[Attribute, int] = Field({}, description="as they have become")
+
+    @model_validator(mode="after")
+    def _some_stay(self) -> Removed:
+        if not self.kept or self.kept != sorted(set(self.kept)) or self.kept[-1] >= self.count:
+            raise ValueError(f"what is kept are no units of {self.count}, in order")
+        return self
 
 
 class Structure(Frozen):
@@ -138,14 +155,14 @@ def expand(folder: Path, destination: Path) -> None:
 
 def _whole(tensor: Tensor, cuts: Sequence[tuple[Cut, Removed]]) -> Tensor:
     for cut, units in cuts:
-        kept, size = len(units.kept), tensor.shape[cut.dim]
-        if not kept or size % kept or max(units.kept) >= units.count:
+        kept, size = len(units.kept), tensor.shape[cut.dim] if cut.dim < tensor.ndim else 0
+        if not size or size % (kept * cut.segments):
             raise UserError(
                 f"{cut.parameter} has {size} rows or columns, {STRUCTURE} keeps {kept} of "
                 f"{units.count} units: fetch both again"
             )
         full = size // kept * units.count
-        if full * tensor.numel() // size > _MOST:
+        if full > _LONGEST or full * tensor.numel() // size > _MOST:
             raise UserError(f"{cut.parameter} would have {full} rows or columns: fetch it again")
         shape = [full if d == cut.dim else n for d, n in enumerate(tensor.shape)]
         places = cut.places(units.count, units.kept, full)
@@ -165,7 +182,7 @@ def _cuts(structure: Structure) -> dict[str, list[tuple[Cut, Removed]]]:
 
 def expanded(folder: Path) -> Path:
     """The checkpoint with zeros where units were removed, made once per node in `cache_dir()`."""
-    files = [*sorted(folder.glob("*.safetensors")), folder / STRUCTURE]
+    files = sorted(file for file in folder.iterdir() if file.is_file())
     stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(json.dumps([sha256_of(folder / STRUCTURE), stamps]).encode()).hexdigest()[
         :24

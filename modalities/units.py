@@ -15,13 +15,13 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from infra.errors import UserError
-from infra.structure import Cut, Removed, shrink
+from infra.structure import Attribute, Cut, Removed, shrink
 from modalities.blocks import Block
 from modalities.products import Matrix, ProductWatcher
 
@@ -29,8 +29,6 @@ _ROWS = 8  # of each weight that are tried
 _SEGMENTS = (1, 2, 3)  # that a fused weight may have: gate and up, or q, k and v
 _CHANGED = 1e-4  # of the largest input
 _LEFT = 0.1  # of a block's weights may belong to no unit: keys and values that all heads share
-_COUNTED = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
-_SIZED = ("attn_dim", "all_head_size", "embed_dim", "split_size")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +83,7 @@ class Units:
         holder = consumer.parameter.rpartition(".")[0].rpartition(".")[0]
         module = block.get_submodule(holder)
         heads = self.count < consumer.weight().shape[1]
-        stated = {name: getattr(module, name, None) for name in (*_COUNTED, *_SIZED)}
+        stated = {name: getattr(module, name, None) for name in get_args(Attribute)}
         attributes = {
             name: value * len(kept) // self.count
             for name, value in stated.items()

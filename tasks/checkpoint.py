@@ -55,7 +55,8 @@ def save_checkpoint(
         modality.save(folder)
         _save_grids(modality, folder, outcome)
         _verify(modality, folder, outcome, evaluation[0])
-        if outcome.removed or Path(spec.model.source, "structure.json").is_file():
+        is_smaller = Path(spec.model.source, "structure.json").is_file() and not outcome.grids
+        if outcome.removed or is_smaller:  # codes are of matrices of full size
             _make_smaller(modality, spec, folder, outcome, evaluation[0])
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone
@@ -117,7 +118,7 @@ def _make_smaller(
         if not math.isclose(smaller, pruned, rel_tol=1e-3 if exact else 5e-2, abs_tol=1e-4):
             raise RuntimeError(f"the smaller model gives {smaller}, the masked one {pruned}")
     condense(folder, structure)
-    saved = load_smaller(folder)
+    saved = load_smaller(folder, trust_remote_code=spec.model.trust_remote_code)
     for name, parameter in masked.model.named_parameters():
         if not torch.equal(parameter.cpu(), saved.get_parameter(name)):
             raise RuntimeError(f"{name} was saved with other values")

@@ -33,7 +33,7 @@ def matrix_gradients(modality: Modality, batches: Sequence[Batch]) -> dict[Matri
         for index in range(len(modality.blocks)):
             stack.callback(modality.release_block, index)
             modality.attach_block(index)
-            stack.enter_context(_run_again(modality.blocks[index].module))
+        stack.enter_context(run_again([block.module for block in modality.blocks]))
         for parameter in modality.model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
@@ -62,17 +62,20 @@ def matrix_gradients(modality: Modality, batches: Sequence[Batch]) -> dict[Matri
 
 
 @contextmanager
-def _run_again(block: nn.Module) -> Iterator[None]:
-    """What a block computes inside is forgotten, and computed again for its gradients."""
-    before, original = block.__dict__.get("forward"), block.forward
-    block.forward = partial(checkpoint, original, use_reentrant=False, preserve_rng_state=False)
+def run_again(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """What each of these computes inside is forgotten, and computed again for its gradients."""
+    held = [module.__dict__.get("forward") for module in modules]
     try:
+        for module in modules:
+            module.forward = partial(
+                checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
+            )
         yield
     finally:
-        if before is None:
-            del block.forward
-        else:
-            block.forward = before
+        for module, forward in zip(modules, held, strict=True):
+            module.__dict__.pop("forward", None)
+            if forward is not None:  # accelerate keeps its hook there
+                module.forward = forward
 
 
 def _refuse_overflow(modality: Modality, loss: Tensor) -> None:

@@ -30,6 +30,15 @@ model = timm.create_model("local-dir:path/to/this/folder", pretrained=True)""",
 
 model = AutoModel.from_pretrained("path/to/this/folder")""",
 }
+_MASKED = """\
+**The weights are masked**: zeros are stored and multiplied like other numbers. `sparseramp pack`
+stores them in less space, and `sparseramp speed` measures which engines gain from them."""
+_SMALLER = """\
+**The model is smaller**: its blocks differ in width, which the configurations of transformers and
+timm cannot say. `structure.json` does, and a checkout of Sparseramp loads it."""
+_LOADING_SMALLER = """from tasks.structure import load_smaller
+
+model = load_smaller("path/to/this/folder")"""
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(@[\w./-]+)?(:[^:]+)?")
 
 
@@ -42,7 +51,12 @@ def model_card(report: Mapping[str, Any]) -> str:
     spec, model, best = report["spec"], report["model"], report["best"]
     source, prune = spec["model"]["source"], spec["prune"]
     rounds, bits = prune["method"] in ROUNDING, f"{best['bits']:.4g} bits"
-    sparse = [] if rounds else [f"{100 * best['sparsity']:.4g} % sparse"]
+    structured = prune["pattern"] == "structured"
+    gone = "are gone, with whole channels and heads" if structured else "are zero"
+    share = f"{100 * best['sparsity']:.4g} %"
+    sparse = (
+        [] if rounds else [f"{share} of its blocks removed" if structured else f"{share} sparse"]
+    )
     name = ", ".join([short(source), *sparse, *([bits] if best["bits"] else [])])
     texts = {use: spec["data"][use] or spec["data"]["source"] for use in ("calibration", "report")}
     paper = report["protocol"] == "paper"
@@ -69,16 +83,15 @@ of {_public(texts["report"])}, calibrated
 - **Licence**: {model["licence"] or "not stated by the base model; its terms apply"}.
 - **Method**: {prune["method"]}, calibrated on {calibrated_on(spec, report["windows"])} of
   {_public(texts["calibration"])}.
-- **Sparsity**: {best["sparsity"]:.6f} of the weights in blocks are zero. Embeddings, norms and
-  heads are dense.{_rounded(best)}
+- **Sparsity**: {best["sparsity"]:.6f} of the weights in blocks {gone}. Embeddings, norms and
+  {"the output head are whole" if structured else "heads are dense"}.{_rounded(best)}
 - **Rates**: {_rates(best, prune)}
   `sparsity.json` lists every matrix.
 
-**The weights are masked**: zeros are stored and multiplied like other numbers. `sparseramp pack`
-stores them in less space, and `sparseramp speed` measures which engines gain from them.
+{_SMALLER if structured else _MASKED}
 
 ```python
-{_LOADING[spec["model"]["modality"]]}
+{_LOADING_SMALLER if structured else _LOADING[spec["model"]["modality"]]}
 ```
 
 ## How to make it again
@@ -93,12 +106,16 @@ With Sparseramp {report["version"]}, `sparseramp {report["command"]} spec.toml`,
 
 def packed_card(card: str) -> str:
     """The card of a checkpoint, changed to that of its packed copy."""
+    how = "a bit for every weight, and the values that are not zero"
+    if "\n- **Bits**" in card:
+        how = "whole numbers of few bits, and their scales"
     told = (
-        "**The weights are packed**: a bit for every weight, and the values that are not zero.\n\n"
+        f"**The weights are packed**: {how}.\n\n"
         "```python\nfrom tasks.packed import load_packed  # in a checkout of Sparseramp\n\n"
         'model = load_packed("path/to/this/folder")\n```\n\n'
     )
-    return re.sub(r"\*\*The weights are masked\*\*.*?(?=^## )", told, card, flags=re.S | re.M)
+    masked = r"\*\*The (?:weights are masked|model is smaller)\*\*.*?(?=^## )"
+    return re.sub(masked, told, card, flags=re.S | re.M)
 
 
 def _rates(best: Mapping[str, Any], prune: Mapping[str, Any]) -> str:
@@ -136,8 +153,8 @@ def settings(spec: Mapping[str, Any]) -> str:
 
 
 def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]) -> str:
-    model = report["model"]
-    task, library = _KINDS[report["spec"]["model"]["modality"]]
+    model, spec = report["model"], report["spec"]
+    task, library = _KINDS[spec["model"]["modality"]]
     ids = [_hub_id(text) for text in texts.values()]
     results = [
         EvalResult(
@@ -152,12 +169,12 @@ def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]
         if metric != "loss" and (value := estimate["mean"]) is not None
     ]
     return ModelCardData(
-        base_model=_hub_id(report["spec"]["model"]["source"]),
+        base_model=_hub_id(spec["model"]["source"]),
         license=model["licence"].lower() or None,
         datasets=sorted({i for i in ids if i}) or None,
-        library_name=library,
+        library_name=None if spec["prune"]["pattern"] == "structured" else library,
         pipeline_tag=task,
-        tags=["sparse", "pruned", report["spec"]["prune"]["method"]],
+        tags=["sparse", "pruned", spec["prune"]["method"]],
         model_name=name,
         eval_results=results,
     ).to_yaml()

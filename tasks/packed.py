@@ -32,12 +32,14 @@ from infra.packed import (
     header_of,
     is_carried,
     short,
+    unpacked,
     write_safetensors,
 )
-from infra.packed_codes import Array, PackedCodes, codes_of, items_of, packed_codes
+from infra.packed_codes import GROUP, WIDTHS, Array, PackedCodes, codes_of, items_of, packed_codes
 from infra.sources import sha256_of
 from tasks.checkpoint import GRIDS_FILE
 from tasks.model_card import packed_card
+from tasks.structure import is_structured, load_smaller
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +132,8 @@ def pack(folder: Path, destination: Path) -> PackedSizes:
         names = sorted(f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file())
         # A model card is edited before it is published.
         sha256 = {name: sha256_of(made / name) for name in names if not name.endswith(".md")}
-        manifest = Manifest(tensors=tensors, sha256=sha256)
+        has_codes = any(tensor.codes is not None for tensor in tensors.values())
+        manifest = Manifest(version=2 if has_codes else 1, tensors=tensors, sha256=sha256)
         text = manifest.model_dump_json(exclude_none=True, indent=1)
         (made / MANIFEST).write_text(text, encoding="utf-8")
         for name, _, data in PackedCheckpoint(made).tensors():
@@ -161,6 +164,8 @@ def load_packed(folder: Path | str) -> Any:
     folder is damaged or its tensors are not those of the model.
     """
     folder = Path(folder)
+    if is_structured(folder):
+        return load_smaller(unpacked(folder))
     packed = PackedCheckpoint(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -229,24 +234,39 @@ class Grids:
         if not self.file.is_file():
             return
         check_safetensors(self.file)
-        with safe_open(self.file, "np") as opened:
-            for key in opened.keys():  # noqa: SIM118  it is no dictionary
-                name, _, kind = key.rpartition(".")
-                (self.scales if kind == "scales" else self.widths)[name] = opened.get_tensor(key)
-            self.transposed = set(json.loads((opened.metadata() or {}).get("transposed", "[]")))
+        try:
+            with safe_open(self.file, "np") as opened:
+                for key in opened.keys():  # noqa: SIM118  it is no dictionary
+                    name, _, kind = key.rpartition(".")
+                    parts = self.scales if kind == "scales" else self.widths
+                    parts[name] = opened.get_tensor(key)
+                self.transposed = set(json.loads((opened.metadata() or {}).get("transposed", "[]")))
+        except (SafetensorError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{self.file} is damaged: {_line(error)}: {_AGAIN}") from None
+        for name in sorted(self.scales.keys() | self.widths.keys()):
+            scales, widths = (parts.get(name, np.empty(0)) for parts in (self.scales, self.widths))
+            kinds = scales.dtype == np.float16 and widths.dtype == np.uint8
+            known = widths.size > 0 and bool(np.isin(widths, WIDTHS).all())
+            if not (kinds and known and scales.ndim == 2 and widths.shape == scales.shape[:1]):
+                raise UserError(f"{self.file} is damaged: widths or scales of {short(name)}")
 
     def codes(self, name: str, tensor: PackedTensor, items: Array) -> Array:
         """The codes of a tensor by rows; raises UserError where its weights have no such codes."""
-        scales, facts = self.scales[name], PackedCodes(rows=len(self.widths[name]), counts={})
-        facts = facts.model_copy(update={"transposed": name in self.transposed})
-        rows = facts.by_rows(items, tensor.shape)
-        codes = codes_of(rows, scales, tensor.dtype)
-        if not np.array_equal(items_of(codes, scales, tensor.dtype), rows):
-            raise UserError(
-                f"{short(name)} is not what {self.file} tells of: its weights were changed since; "
-                "remove that file to pack it without codes"
-            )
-        return codes
+        scales, widths = self.scales[name], self.widths[name]
+        columns, rest = divmod(tensor.elements, len(widths))
+        fits = not rest and len(tensor.shape) > 1 and tensor.dtype in ("F32", "F16", "BF16")
+        if fits and scales.shape[1] == -(-columns // GROUP):
+            facts = PackedCodes(rows=len(widths), transposed=name in self.transposed, counts={})
+            rows = facts.by_rows(items, tensor.shape)
+            codes = codes_of(rows, scales, tensor.dtype)
+            most = (1 << widths.astype(np.int16)[:, None] - 1) - 1
+            inside = np.all((codes <= most) & (codes >= -most - 1))
+            if inside and np.array_equal(items_of(codes, scales, tensor.dtype), rows):
+                return codes
+        raise UserError(
+            f"{short(name)} is not what {self.file} tells of: its weights were changed since; "
+            "remove that file to pack it without codes"
+        )
 
     def ways(self, name: str, tensor: PackedTensor, items: Array) -> Iterator[PackedCodes]:
         """How the codes of a tensor may be stored: all of them, or a bitmask and the others."""

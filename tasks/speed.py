@@ -68,12 +68,13 @@ def measure_speed(model: ModelSpec, speed: SpeedSpec) -> SpeedRecord:
             if not spare:
                 models[name] = each
         if smaller:
-            models[SMALLER] = load_smaller(folder).to(matrices[0].dtype).to(device)
+            found = load_smaller(folder, trust_remote_code=model.trust_remote_code)
+            models[SMALLER] = found.to(matrices[0].dtype).to(device)
             held_bytes = _held_bytes(models[SMALLER])
             engines.append(SpeedEngine(name=SMALLER, resident_bytes=held_bytes))
         done = [timed(case, models, speed.runs, device, speed.case_s) for case in cases]
         extra = {name: max(added[name] for _, added in done) for name in models}
-        found = _differences(modality, models)
+        differences = _differences(modality, models)
         return SpeedRecord(
             checkpoint=model.source,
             modality=model.modality,
@@ -87,7 +88,7 @@ def measure_speed(model: ModelSpec, speed: SpeedSpec) -> SpeedRecord:
             engines=[
                 engine.model_copy(
                     update={"peak_bytes": engine.resident_bytes + extra[engine.name]}
-                    | found.get(engine.name, {})
+                    | differences.get(engine.name, {})
                 )
                 if engine.name in models
                 else engine

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from infra.checkpoints import check_safetensors
+from infra.checkpoints import check_safetensors, refuse_unfit
 from infra.errors import UserError
 from infra.structure import STRUCTURE, Structure, read_structure, shrink
 from infra.weights import MappedWeights
@@ -26,6 +26,9 @@ from infra.weights import MappedWeights
 if TYPE_CHECKING:
     from modalities.base import Modality
     from modalities.units import Units
+
+
+_UNLOADABLE = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,41 +110,42 @@ def is_structured(folder: Path) -> bool:
     return (folder / STRUCTURE).is_file()
 
 
-def load_smaller(folder: Path | str) -> Any:
+def load_smaller(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
     """The smaller model of a structured checkpoint: of transformers or timm, in eval mode.
 
-    Raises UserError where the folder is none, or where a file is damaged or does not fit.
+    Raises UserError where the folder is none, where a file is damaged or does not fit, and where it
+    brings code that is not to be run.
     """
     folder = Path(folder)
     if not is_structured(folder):
         raise UserError(f"{folder} has no {STRUCTURE}: load it with its own library")
     structure = read_structure(folder)
+    names = [file.name for file in folder.iterdir()]
     state: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        check_safetensors(file)
-        state |= MappedWeights(file).read()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model: Any = (_of_timm if "architecture" in config else _of_transformers)(folder)
+    for name in refuse_unfit(folder, names, trust_remote_code=trust_remote_code):
+        check_safetensors(folder / name)
+        state |= MappedWeights(folder / name).read()
+    is_timm = "architecture" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
+        model: Any = _of_timm(folder) if is_timm else _of_transformers(folder, trust_remote_code)
         shrink_model(model, structure)
-        _, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    except (RuntimeError, AttributeError, IndexError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except _UNLOADABLE as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise UserError(f"{folder} does not fit its {STRUCTURE}: {reason}") from error
-    if hasattr(model, "tie_weights"):
+    if not is_timm:  # a tied head has no weights of its own
         model.tie_weights()
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty or unexpected:
-        raise UserError(f"{folder} does not fit its config.json: {(empty or unexpected)[0]}")
+        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing or unexpected:
+        raise UserError(f"{folder} does not fit its config.json: {(missing or unexpected)[0]}")
     dtype = next(iter(t.dtype for t in state.values() if t.is_floating_point()))
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def _of_transformers(folder: Path) -> Any:
+def _of_transformers(folder: Path, trust: bool) -> Any:
     import transformers
     from accelerate import init_empty_weights
 
-    trust = any(folder.glob("*.py"))  # there only after consent
     config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     with init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust)

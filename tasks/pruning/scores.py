@@ -23,8 +23,9 @@ def wanda(weight: Tensor, inputs: InputStatistics, budget: Budget) -> Tensor:
 
 
 def taylor(weight: Tensor, inputs: InputStatistics, budget: Budget) -> Tensor:
-    """The smallest abs(W * G) of the whole matrix, G the gradient of the dense model's loss: what
-    the loss changes by without a weight, to first order (Molchanov et al., CVPR 2019, eq. 8)."""
+    """The smallest abs(W * G) of the whole matrix, G the root of the summed squared gradients of
+    the dense model's loss: its square sums over windows what the loss changes by without a weight,
+    to first order and squared (Molchanov et al., CVPR 2019)."""
     assert inputs.gradient is not None
     return budget.of_matrix((weight * inputs.gradient).abs_())
 

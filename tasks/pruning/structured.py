@@ -56,8 +56,8 @@ def wanda_units(weight: Tensor, inputs: InputStatistics, count: int, goes: int) 
 
 
 def taylor_units(weight: Tensor, inputs: InputStatistics, count: int, goes: int) -> Tensor:
-    """Those whose weights move the loss least: sum of (W dL/dW)^2 (Molchanov et al., CVPR 2019,
-    equation 8)."""
+    """Those whose weights move the loss least: sum of (W dL/dW)^2, over windows as well (Molchanov
+    et al., CVPR 2019, equation 8)."""
     assert inputs.gradient is not None, "needs a gradient"
     return smallest_units((weight * inputs.gradient).square().sum(0), count, goes)
 
@@ -67,10 +67,12 @@ def obs_units(weight: Tensor, inputs: InputStatistics, count: int, goes: int) ->
 
     Without unit u the output error grows by the trace of W_u (H^-1_uu)^-1 W_u^T once the rest is
     solved for (the optimal brain surgeon for groups: Kurtic et al., ZipLM, NeurIPS 2023). A round
-    takes the smallest, changes W and H^-1 to what they are without these, and looks again.
+    takes the smallest, changes W and H^-1 to what they are without these, and looks again. What
+    only sees zeros costs nothing.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inputs.derived(hessian).matrix))
-    left = weight.clone()
+    found = inputs.derived(hessian)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(found.matrix))
+    left = weight.masked_fill(found.dead, 0)
     width = weight.shape[1] // count
     gone = torch.zeros(count, dtype=torch.bool, device=weight.device)
     step = max(1, -(-goes // _ROUNDS))

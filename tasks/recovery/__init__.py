@@ -16,17 +16,16 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from infra.errors import UserError
 from infra.records import MatrixRecord, RecoveryRecord, TrialSpec
 from infra.recovery_spec import RecoverySpec
 from modalities.base import Batch, LoadedModality, Measured, Modality
+from tasks.gradients import run_again
 from tasks.recovery.full import Full, Trained
 from tasks.recovery.states import State
 from tasks.recovery.workers import all_sum, from_first, is_first, num_workers, share
@@ -52,7 +51,7 @@ def recover(modality: LoadedModality, trial: TrialSpec, *, divisor: int = 1) -> 
     state = State(_key(modality, trial))
     with (
         modality.resident(whole=True),
-        _checkpointed(modality),
+        run_again([block.module for block in modality.blocks]),
         _deterministic(modality.device),
         _trained(modality, spec) as trained,
     ):
@@ -180,24 +179,6 @@ def _trained(modality: Modality, spec: RecoverySpec) -> Any:
     from tasks.recovery.lora import Lora  # with peft, which takes a second
 
     return Lora(modality, spec)
-
-
-@contextmanager
-def _checkpointed(modality: Modality) -> Iterator[None]:
-    """Inside, a block's activations are computed again for its backward instead of kept."""
-    modules = [block.module for block in modality.blocks]
-    held = [module.__dict__.get("forward") for module in modules]
-    try:
-        for module in modules:
-            module.forward = partial(
-                checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
-            )
-        yield
-    finally:
-        for module, forward in zip(modules, held, strict=True):
-            del module.__dict__["forward"]
-            if forward is not None:  # accelerate keeps its hook there
-                module.forward = forward
 
 
 @contextmanager

@@ -283,6 +283,10 @@ def test_tokens_of_a_trial() -> None:
     twice = make_spec(prune={"pause": "block"})
     block = final_wave(twice, at(twice, 0.01), {})
     assert token_passes(block[-1]) == 3 * 32 * 512
+    for method in ("taylor", "pruner-zero"):  # gradients, with every block run twice
+        needy = last.model_copy(update={"prune": last.prune.model_copy(update={"method": method})})
+        seen = last.calibration.samples * last.calibration.length
+        assert token_passes(needy) == token_passes(last) + 4 * seen
 
 
 def test_every_size_of_trial_is_tried_out_first() -> None:

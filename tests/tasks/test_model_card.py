@@ -95,6 +95,23 @@ def test_what_is_not_on_the_hub_is_not_claimed_to_be(source: str) -> None:
     assert "# tiny, 60 % sparse" in text
 
 
+def test_a_smaller_model_is_loaded_by_what_can() -> None:
+    report = make_report()
+    report["spec"]["prune"] |= {"method": "sparsegpt", "pattern": "structured"}
+    text = model_card(report)
+    assert "60 % of its blocks removed" in text and "are gone, with whole channels" in text
+    assert "load_smaller" in text and "AutoModel" not in text and "masked" not in text
+    packed = packed_card(text)
+    assert "load_packed" in packed and "load_smaller" not in packed
+
+
+def test_the_card_of_packed_codes_says_so() -> None:
+    report = make_report()
+    report["best"]["bits"] = 4.125
+    assert "numbers of few bits" in packed_card(model_card(report))
+    assert "few bits" not in packed_card(model_card(make_report()))
+
+
 def test_paper_protocol_is_said() -> None:
     assert "paper protocol" not in model_card(make_report())
     assert "selected on this split" in model_card({**make_report(), "protocol": "paper"})

@@ -157,6 +157,7 @@ def test_codes_that_are_not_those_of_the_weights(
         pack(best, tmp_path / "again")
     manifest = tmp_path / "packed" / "packed.json"
     facts = json.loads(manifest.read_text())
+    assert facts["version"] == 2  # an earlier version says that it cannot read it
     name = "model.layers.0.mlp.up_proj.weight"
     assert facts["tensors"][name]["codes"]["counts"] == {"4": 256 * 128}
     facts["tensors"][name]["codes"]["counts"] = {"2": 256 * 128, "4": 0}
@@ -164,6 +165,45 @@ def test_codes_that_are_not_those_of_the_weights(
     with pytest.raises(UserError, match="is damaged"):
         PackedCheckpoint(tmp_path / "packed")
     assert (tmp_path / "packed" / WEIGHTS).is_file()
+
+
+def _grids() -> dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]:
+    """Files that contradict themselves or the weights, 256 x 128 codes of 4 bits."""
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def parts(widths: Any, scales: Any) -> dict[str, torch.Tensor]:
+        return {f"{name}.widths": widths, f"{name}.scales": scales}
+
+    widths, scales = torch.full((256,), 4).byte(), torch.ones(256, 1).half()
+    good = parts(widths, scales)
+    return {
+        "no widths": ({f"{name}.scales": scales}, {}),
+        "no scales": ({f"{name}.widths": widths}, {}),
+        "fewer rows": (parts(widths[:7], scales[:7]), {}),
+        "more groups": (parts(widths, torch.ones(256, 2).half()), {}),
+        "a row more": (parts(widths, torch.ones(257, 1).half()), {}),
+        "another dtype": (parts(widths, scales.bfloat16()), {}),
+        "no width": (parts(widths * 0 + 5, scales), {}),
+        "too narrow": (parts(widths * 0 + 2, scales), {}),
+        "no scale at all": (parts(widths, scales * torch.nan), {}),
+        "a number": (good, {"transposed": "5"}),
+        "no JSON": (good, {"transposed": "{"}),
+        "lists of lists": (good, {"transposed": "[[1]]"}),
+    }
+
+
+@pytest.mark.parametrize("damage", _grids())
+def test_damaged_grids_are_one_line(tmp_path: Path, damage: str) -> None:
+    folder = write_wide(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    codes = torch.arange(256 * 128).remainder(16).sub(8).reshape(256, 128)
+    tensors["model.layers.0.mlp.up_proj.weight"] = codes.float()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    parts, metadata = _grids()[damage]
+    save_file(parts, folder / GRIDS_FILE, metadata)
+    with pytest.raises(UserError, match=r"grids\.safetensors") as error:
+        pack(folder, tmp_path / "packed")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

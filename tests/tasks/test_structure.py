@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from infra.errors import UserError
@@ -17,6 +18,7 @@ from infra.records import TrialSpec
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec, PruneSpec, SpeedSpec
 from infra.structure import STRUCTURE, expanded, read_structure
 from tasks import trial
+from tasks.packed import load_packed, pack
 from tasks.speed import measure_speed
 from tasks.structure import load_smaller
 from tests.models import write_checkpoint
@@ -141,6 +143,52 @@ def test_methods_that_choose_single_weights_are_refused(
         trial.run_trial(spec)
 
 
+def test_code_beside_the_weights_is_not_run(tmp_path: Path, cache: Path, text: DataSpec) -> None:
+    result = trial.run_trial(asked(write_checkpoint("llama", tmp_path / "llama"), text))
+    folder, canary = Path(result.checkpoint), tmp_path / "canary"
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
+    config["auto_map"] = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(canary)!r}, 'w')")
+    with pytest.raises(UserError, match="brings its own code") as error:
+        load_smaller(folder)
+    assert "\n" not in str(error.value) and not canary.exists()
+
+
+def test_a_packed_copy_is_loaded_too(tmp_path: Path, cache: Path, text: DataSpec) -> None:
+    first = trial.run_trial(asked(write_checkpoint("llama", tmp_path / "llama"), text))
+    trial._loaded.clear()
+    sparse = {"method": "wanda", "pattern": "unstructured", "sparsity": 0.8, "beta": 0.0}
+    result = trial.run_trial(asked(Path(first.checkpoint), text, **sparse))
+    pack(Path(result.checkpoint), tmp_path / "packed")
+    ours, theirs = load_packed(tmp_path / "packed"), load_smaller(result.checkpoint)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor)
+
+
+def test_a_missing_tensor_is_no_random_one(tmp_path: Path, cache: Path) -> None:
+    data = write_images(tmp_path / "images")
+    spec = asked(write_timm("vit", tmp_path / "vit"), data, modality="vision", method="wanda")
+    folder = Path(trial.run_trial(spec).checkpoint)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"does not fit its config.json: head.weight"):
+        load_smaller(folder)
+
+
+def test_a_smaller_model_is_pruned_and_rounded(tmp_path: Path, cache: Path, text: DataSpec) -> None:
+    first = trial.run_trial(asked(write_checkpoint("llama", tmp_path / "llama"), text))
+    smaller, further = Path(first.checkpoint), {"pattern": "unstructured", "sparsity": 0.5}
+    trial._loaded.clear()
+    pruned = trial.run_trial(asked(smaller, text, method="sparsegpt", beta=0.0, **further))
+    assert read_structure(Path(pruned.checkpoint)) == read_structure(smaller)
+    trial._loaded.clear()
+    further |= {"bits": 4.5}
+    rounded = trial.run_trial(asked(smaller, text, method="sparsegpt", beta=0.0, **further))
+    assert pack(Path(rounded.checkpoint), tmp_path / "packed").bits  # of full size, by its codes
+
+
 def test_damaged_structures_are_one_line(tmp_path: Path, cache: Path, text: DataSpec) -> None:
     result = trial.run_trial(asked(write_checkpoint("llama", tmp_path / "llama"), text))
     folder = Path(result.checkpoint)
@@ -160,6 +208,12 @@ def test_damaged_structures_are_one_line(tmp_path: Path, cache: Path, text: Data
     refused(lambda f: f.update(version=2), "structure.json cannot be read")
     refused(lambda f: f["blocks"][first][1]["kept"].pop(), "structure.json")
     refused(lambda f: f["blocks"][first][1].update(kept=[5000]), "structure.json")
+    refused(lambda f: f["blocks"][first][1]["kept"].reverse(), "structure.json cannot be read")
+    refused(lambda f: f["blocks"][first][1]["cuts"][0].update(segments=7), "structure.json")
+    refused(lambda f: f["blocks"][first][1].update(count=1 << 20), "structure.json cannot be read")
+    for attribute in ("forward", "__class__"):
+        changed = {"attributes": {attribute: 1}}
+        refused(lambda f, c=changed: f["blocks"][first][0].update(c), "structure.json cannot be")
     path.write_text("{")
     with pytest.raises(UserError, match=r"structure\.json cannot be read"):
         load_smaller(folder)

@@ -88,6 +88,16 @@ def test_the_surgeon_beats_scores_that_know_of_no_replacement() -> None:
     assert bool(obs_units(weight, statistics, 24, 2)[:2].any())
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_surgeon_takes_what_only_sees_zeros_first(width: int) -> None:
+    weight, inputs = layer(in_=24)
+    inputs *= 0.01  # the Hessian of a dead input is 1, which is large beside this
+    dead = [6, 7, 14, 15]
+    inputs[:, dead] = 0
+    gone = obs_units(weight, measured(inputs), 24 // width, 4 // width)
+    assert gone.repeat_interleave(width).nonzero().flatten().tolist() == dead
+
+
 def test_scores_are_sums_over_the_columns_of_a_unit() -> None:
     weight, inputs = layer(in_=6)
     statistics = measured(inputs)
