@@ -1,4 +1,4 @@
-"""Rounded checkpoints in the format of compressed-tensors, which transformers and vLLM read.
+"""Rounded checkpoints in the format of compressed-tensors, which transformers reads.
 
     export(Path("runs/quantise/best"), Path("runs/quantise/best-compressed-tensors"))
     AutoModelForCausalLM.from_pretrained("runs/quantise/best-compressed-tensors")

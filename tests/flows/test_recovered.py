@@ -91,7 +91,6 @@ def test_tables_have_a_column_only_where_any_was_fine_tuned() -> None:
         "asked": True,
         "goal": "60 % sparsity",
         "sparsity": 0.6,
-        "goal": "60 % sparsity",
         "rates": [0.5, 0.7],
         "relative_loss": None,
         "search_cost": 1.0,

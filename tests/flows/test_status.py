@@ -72,14 +72,14 @@ def test_what_a_spent_budget_left_as_an_earlier_start_had_it_is_no_failure(folde
     assert [row["state"] for row in unfit_cells(board)] == ["refused"]
 
 
-def test_a_study_with_refused_cells_ends_with_1_and_a_line(
+def test_a_study_with_refused_cells_ends_with_3_and_a_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     board = write_leaderboard(folder)
     board["rows"] = [row for row in board["rows"] if row["state"] != "not begun"]
     monkeypatch.setattr(flow, "study", lambda spec, **_: board)
     options: Any = _parser().parse_args(["study", str(folder.parent / "s.toml"), "--json"])
-    assert options.command(options) == 1
+    assert options.command(options) == 3
     assert capsys.readouterr().err == (
         f"sparseramp: 1 of 2 cells have no result (1 refused): {folder}/leaderboard.html says why\n"
     )
