@@ -23,6 +23,7 @@ MEAN = {"mean": 15.4321, "stderr": 0.1234}
 ROW: dict[str, Any] = {
     "model": "smollm2-135m-instruct",
     "sparsity": 0.6,
+    "goal": "60 % sparsity",
     "method": "sparsegpt",
     "allocation": "arithmetic",
     "headline": "perplexity",
