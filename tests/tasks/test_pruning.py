@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from infra.bits import ROUNDING
 from infra.errors import UserError
 from tasks.pruning import METHODS, method_named, prune_in_place, prune_weight
 from tasks.pruning.patterns import Budget
@@ -186,6 +187,11 @@ def test_what_saw_no_token_falls_back_to_magnitude(method: str) -> None:
     assert torch.equal(weight, expected)
 
 
+def asked(method: str) -> dict[str, float]:
+    """Half of the weights, or of what only rounds few bits."""
+    return {"bits": 3.0} if method in ROUNDING else {"rate": 0.5}
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("where", ["weight", "inputs", "overflow"])
 def test_what_is_not_finite_is_refused(method: str, where: str) -> None:
@@ -202,7 +208,7 @@ def test_what_is_not_finite_is_refused(method: str, where: str) -> None:
     if method == "magnitude" and where != "weight":
         return  # it looks at no inputs
     with pytest.raises(UserError, match="NaN or infinity"):
-        prune_weight(weight, inputs, method=method, rate=0.5, gradient=gradient)
+        prune_weight(weight, inputs, method=method, gradient=gradient, **asked(method))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -210,9 +216,9 @@ def test_double_precision_is_taken(method: str) -> None:
     torch.manual_seed(0)
     weight, inputs, gradient = (torch.randn(s, 32) for s in (16, 64, 16))
     wide = prune_weight(
-        weight.double(), inputs.double(), method=method, rate=0.5, gradient=gradient.double()
+        weight.double(), inputs.double(), method=method, gradient=gradient.double(), **asked(method)
     )
-    single = prune_weight(weight, inputs, method=method, rate=0.5, gradient=gradient)
+    single = prune_weight(weight, inputs, method=method, gradient=gradient, **asked(method))
     assert wide.dtype == torch.float64 and torch.equal(wide == 0, single == 0)
 
 
