@@ -33,16 +33,8 @@ def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -
     from tasks.trial import loaded, run_trial
 
     spec = spec_of(checkpoint, overrides)
-    trial = TrialSpec(
-        number=0,
-        stage="final",
-        model=spec.model,
-        data=spec.data,
-        calibration=spec.calibration,
-        prune=spec.prune,
-        split="report",
-        windows=spec.evaluation.report_windows,
-        context=spec.evaluation.context,
+    trial = report_trial(
+        spec,
         tasks=spec.evaluation.tasks,
         task_rows=spec.evaluation.task_rows,
         task_data=spec.evaluation.task_data,
@@ -72,6 +64,22 @@ def evaluate(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -
         print(f"{checkpoint} on {spec.data.source_of('report')}")
         _print(answer)
     return answer
+
+
+def report_trial(spec: Spec, **more: Any) -> TrialSpec:
+    """The model of a spec as it stands, on the report split."""
+    return TrialSpec(
+        number=0,
+        stage="final",
+        model=spec.model,
+        data=spec.data,
+        calibration=spec.calibration,
+        prune=spec.prune,
+        split="report",
+        windows=spec.evaluation.report_windows,
+        context=spec.evaluation.context,
+        **more,
+    )
 
 
 def _print(answer: dict[str, Any]) -> None:

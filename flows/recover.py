@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flows.evaluate import saved_facts, spec_of
+from flows.evaluate import report_trial, saved_facts, spec_of
 from flows.pins import pin_recovery
 from flows.recovered import effort, kept, print_sides, side_of, told
 from flows.stop import stoppable
@@ -121,20 +121,7 @@ def _trial(store: RunStore) -> TrialSpec:
     """The trial that the run began with, or is to begin with."""
     if waves := store.waves():
         return waves[0][0]
-    spec = store.spec
-    return TrialSpec(
-        number=0,
-        stage="final",
-        model=spec.model,
-        data=spec.data,
-        calibration=spec.calibration,
-        prune=spec.prune,
-        split="report",
-        windows=spec.evaluation.report_windows,
-        context=spec.evaluation.context,
-        checkpoint=True,
-        recovery=spec.recovery,
-    )
+    return report_trial(store.spec, checkpoint=True, recovery=store.spec.recovery)
 
 
 def _run(cluster: Cluster, spec: Spec, trial: TrialSpec) -> TrialResult:

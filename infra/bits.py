@@ -11,6 +11,8 @@ from typing import Any
 
 ROUNDING = ("rtn", "gptq")  # methods that remove nothing: they leave every weight fewer bits
 MOST, LEAST = 8.0, 2.25
+WIDTHS = (2, 3, 4, 8)  # bits of a code
+GROUP = 128  # neighbours of a row that share a scale
 
 
 def bits_of(rate: float) -> float:

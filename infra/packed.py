@@ -34,13 +34,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from filelock import FileLock
 from pydantic import Field, ValidationError, model_validator
 
 from infra.errors import UserError
 from infra.frozen import Frozen
 from infra.packed_codes import Count, PackedCodes
-from infra.sources import cache_dir, sha256_of
+from infra.sources import cache_dir, made_once, sha256_of
 
 MANIFEST = "packed.json"
 WEIGHTS = "packed.safetensors"
@@ -176,16 +175,8 @@ def unpack(folder: Path, destination: Path) -> None:
 
 def unpacked(folder: Path) -> Path:
     """The checkpoint that was packed, unpacked once per node into `cache_dir()`."""
-    manifest = folder / MANIFEST
-    kept = cache_dir() / "unpacked" / sha256_of(manifest)[:24]
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{kept}.lock"):
-            if not kept.is_dir():
-                unpack(folder, kept)
-    except OSError as error:
-        raise UserError(f"cannot unpack {folder} into {kept.parent}: {error.strerror}") from error
-    return kept
+    key = sha256_of(folder / MANIFEST)[:24]
+    return made_once(folder, cache_dir() / "unpacked" / key, unpack)
 
 
 def header_of(tensors: dict[str, PackedTensor], where: Path) -> dict[str, Any]:

@@ -18,10 +18,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from infra.bits import GROUP, WIDTHS
 from infra.frozen import Frozen
-
-WIDTHS = (2, 3, 4, 8)
-GROUP = 128
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 48)]
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from filelock import FileLock
 from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from infra.errors import UserError
 from infra.frozen import Frozen
 from infra.packed import complete_folder
-from infra.sources import cache_dir, sha256_of
+from infra.sources import cache_dir, made_once, sha256_of
 
 STRUCTURE = "structure.json"
 _LONGEST, _MOST = 1 << 20, 1 << 31  # rows, and weights, of a matrix that is filled up with zeros
@@ -184,15 +183,5 @@ def expanded(folder: Path) -> Path:
     """The checkpoint with zeros where units were removed, made once per node in `cache_dir()`."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
     stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(json.dumps([sha256_of(folder / STRUCTURE), stamps]).encode()).hexdigest()[
-        :24
-    ]
-    kept = cache_dir() / "expanded" / key
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{kept}.lock"):
-            if not kept.is_dir():
-                expand(folder, kept)
-    except OSError as error:
-        raise UserError(f"cannot expand {folder} into {kept.parent}: {error.strerror}") from error
-    return kept
+    key = hashlib.sha256(json.dumps([sha256_of(folder / STRUCTURE), stamps]).encode()).hexdigest()
+    return made_once(folder, cache_dir() / "expanded" / key[:24], expand)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from infra.bits import GROUP
 from infra.errors import UserError
 from infra.packed import (
     DENSE,
@@ -27,7 +28,6 @@ from infra.packed import (
     is_carried,
     write_safetensors,
 )
-from infra.packed_codes import GROUP
 from tasks.checkpoint import SPARSITY_FILE
 from tasks.packed import DenseCheckpoint, Grids
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from infra.bits import GROUP
 from infra.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from tasks.pruning.inputs import InputStatistics
     from tasks.pruning.patterns import Budget
 
-PANEL = 128  # columns whose zeros SparseGPT chooses together, as published
+PANEL = GROUP  # columns whose zeros SparseGPT chooses together, as published, and their scales
 
 Prune = Callable[["Tensor", "InputStatistics", "Budget"], "Tensor"]
 Choose = Callable[["Tensor", "InputStatistics", int, int], "Tensor"]

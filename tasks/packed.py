@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from infra.bits import GROUP, WIDTHS
 from infra.checkpoints import check_safetensors, inspect_checkpoint
 from infra.errors import UserError
 from infra.packed import (
@@ -35,7 +36,7 @@ from infra.packed import (
     unpacked,
     write_safetensors,
 )
-from infra.packed_codes import GROUP, WIDTHS, Array, PackedCodes, codes_of, items_of, packed_codes
+from infra.packed_codes import Array, PackedCodes, codes_of, items_of, packed_codes
 from infra.sources import sha256_of
 from tasks.checkpoint import GRIDS_FILE
 from tasks.model_card import packed_card

@@ -108,7 +108,8 @@ class _Sweep:
     ) -> None:
         self.modality, self.method, self.pause_at, self.keep = modality, method, pause_at, keep
         self.asked, self.needs, self.pruning = asked, asked.needs, asked.changes
-        self.plan = [[m for m in b.matrices if m in asked.watched] for b in modality.blocks]
+        watched = asked.watched
+        self.plan = [[m for m in block.matrices if m in watched] for block in modality.blocks]
         self.outcome = Outcome(matrices=asked.untouched())
         self.gradients: dict[Matrix, Tensor] = {}
         self._touched: set[int] = set()
@@ -137,8 +138,8 @@ class _Sweep:
             while (index := lockstep.lowest([*calibrating, *evaluating, *riding])) is not None:
                 standing = [lockstep.standing(group, index) for group in groups]
                 self._block(index, *standing, close=index == last)
-            outcome.measured = _together(evaluating)
-            outcome.dense = _together(riding)
+            outcome.measured = joined([run.result for run in evaluating])
+            outcome.dense = joined([run.result for run in riding])
             modality.check_untouched(None)
             self._check(len(modality.matrices()))
             self._touched.clear()  # what is kept stays as it is
@@ -298,9 +299,8 @@ class _Sweep:
         self.outcome.removed.append((units, gone))
 
 
-def _together(runs: Sequence[Run]) -> Measured:
+def joined(measured: Sequence[Measured]) -> Measured:
     """What was measured of all batches, in their order."""
-    measured: list[Measured] = [run.result for run in runs]
     names = measured[0].scores if measured else ()
     return Measured(
         [loss for each in measured for loss in each.losses],

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from infra.bits import GROUP, WIDTHS
 from infra.errors import UserError
 from tasks.pruning.inputs import InputStatistics
 
-GROUP = 128
-WIDTHS = (2, 3, 4, 8)  # bits of a code
 SCALE_BITS = 16
 _TRIES = 8  # scales that are tried for each group
 _SMALLEST = {2: 0.55, 3: 0.7, 4: 0.85, 8: 0.97}  # of them, over the one that reaches every weight

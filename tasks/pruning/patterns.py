@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infra.bits import GROUP
 from infra.errors import UserError
 from infra.records import MatrixRecord
 
@@ -40,9 +41,9 @@ class Budget:
     grid: Grid | None = None
 
     def __post_init__(self) -> None:
-        if self.grid and self.group and 128 % self.group[1]:
+        if self.grid and self.group and GROUP % self.group[1]:
             raise UserError(
-                f"groups of {self.group[1]} do not divide the 128 weights that share a scale: "
+                f"groups of {self.group[1]} do not divide the {GROUP} weights that share a scale: "
                 "leave prune.bits out, or use groups of 2, 4, 8, 16, 32, 64 or 128"
             )
 

@@ -29,6 +29,7 @@ from tasks.gradients import run_again
 from tasks.recovery.full import Full, Trained
 from tasks.recovery.states import State
 from tasks.recovery.workers import all_sum, from_first, is_first, num_workers, share
+from tasks.sweep import joined
 
 LARGEST_NORM = 1.0  # of all gradients together; larger ones are scaled down
 BETAS = (0.9, 0.999)
@@ -132,13 +133,7 @@ def counted(modality: Modality) -> list[MatrixRecord]:
 def measured_again(modality: Modality, evaluation: Sequence[Batch]) -> Measured:
     """What a plain loop measures of the model as it stands."""
     with torch.no_grad(), modality.resident():
-        found = [modality.measure(batch) for batch in evaluation]
-    return Measured(
-        [loss for each in found for loss in each.losses],
-        {name: [s for each in found for s in each.scores[name]] for name in found[0].scores},
-        [answer for each in found for answer in each.answers],
-        [answer for each in found for answer in each.expected],
-    )
+        return joined([modality.measure(batch) for batch in evaluation])
 
 
 def rate_at(step: int, steps: int) -> float:

@@ -23,8 +23,8 @@ from torch import nn
 
 from infra.errors import UserError
 from infra.sources import cache_dir
+from tasks.checkpoint import FORGOTTEN_S
 
-FORGOTTEN_S = 24 * 3600  # as a checkpoint that nobody fetched
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Begun = tuple[int, list[float], float]  # steps done, the loss of each, seconds
 
