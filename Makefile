@@ -30,8 +30,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 demo: $(INSTALLED) ## search SmolLM2-135M for its best slope and write a report
 	$(BIN)/sparseramp search flows/specs/quickstart.toml
 
+# Two files at a time, in the order of their names: those of commands, the longest, come first.
 test: $(INSTALLED) ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" \
+		-n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Results add up in runs/faults.jsonl: each call does what is left of a seed's points in its time.
 SEED ?= 0

@@ -13,6 +13,7 @@ from infra.frozen import Frozen
 from infra.recovery_spec import RecoverySpec
 
 Modality = Literal["language", "vision", "multimodal"]
+Engine = Literal["dense", "onednn", "bitmask", "deltas", "2:4"]
 
 
 class ModelSpec(Frozen):
@@ -213,7 +214,7 @@ class SpeedSpec(Frozen):
     """How the speed of a pruned model is measured: `sparseramp speed`, and after a search."""
 
     measure: bool = Field(False, description="measure the best model when a search has ended")
-    engines: list[str] = Field([], description="beside dense; empty: all that run here")
+    engines: list[Engine] = Field([], description="beside dense; empty: all that run here")
     prompts: list[Annotated[int, Field(ge=1)]] = Field(
         [128, 512], min_length=1, description="tokens; decoding follows the first"
     )

@@ -108,7 +108,10 @@ def pack(folder: Path, destination: Path) -> PackedSizes:
             zeros[name] = tensor.elements - nonzeros
     matrices = [tensors[name] for name in zeros]
     if not matrices:
-        raise UserError(f"{folder} has no matrix with enough zeros to be smaller when packed")
+        removed = ": what its blocks lost is gone already" if is_structured(folder) else ""
+        raise UserError(
+            f"{folder} has no matrix with enough zeros to be smaller when packed{removed}"
+        )
 
     def parts() -> Iterator[tuple[str, np.ndarray]]:
         for name, tensor in tensors.items():

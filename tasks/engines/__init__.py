@@ -24,7 +24,7 @@ from tasks.engines.decode_gpu import Deltas
 from tasks.engines.dense import Dense, OneDNN
 from tasks.engines.semi_structured import SemiStructured
 
-# An engine is added by a class and its place here.
+# An engine is added by a class, its place here and its name in infra/specs.py.
 ENGINES: dict[str, Engine] = {
     engine.name: engine for engine in (Dense(), OneDNN(), Bitmask(), Deltas(), SemiStructured())
 }

@@ -28,3 +28,6 @@ def test_a_smaller_model_is_reported_and_opened_again(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     found = json.loads(again.stdout)["metrics"]["loss"]["mean"]
     assert found == pytest.approx(result["best"]["metrics"]["loss"]["mean"], rel=1e-6)
+    packed = run("pack", best, cache=cache)
+    assert packed.returncode == 2
+    assert "what its blocks lost is gone already" in packed.stderr

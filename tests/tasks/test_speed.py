@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from infra.errors import UserError
+from infra.specs import Engine as EngineName
 from infra.specs import ModelSpec, SpeedSpec
 from tasks.engines import ENGINES
 from tasks.speed import LEAST, LONG_S, WARM_UPS, measure_speed, timed
@@ -152,6 +153,10 @@ def test_threads_are_as_asked_and_as_before(sparse: Path) -> None:
     spec = FEW.model_copy(update={"threads": 1, "engines": ["dense"]})
     assert measure_speed(ModelSpec(source=str(sparse)), spec).threads == 1
     assert torch.get_num_threads() == before
+
+
+def test_every_engine_has_a_name_in_specs() -> None:
+    assert get_args(EngineName) == tuple(ENGINES)
 
 
 @pytest.mark.parametrize(
