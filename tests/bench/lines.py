@@ -62,7 +62,7 @@ class Lines:
         scouts = [self.kept.run(self.trial(prune)) for prune in tried]
         best = min(scouts, key=lambda result: result.loss).spec.prune
         finals = [
-            self.kept.run(self.trial(prune, final=True, error_curves=prune is uniform))
+            self.kept.run(self.trial(prune, final=True, error_curves=prune == uniform))
             for prune in (uniform, best)
         ]
         gain = paired_difference(finals[0].losses, finals[1].losses, finals[0].tokens)
