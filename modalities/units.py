@@ -12,16 +12,16 @@ the rows. What was found is proven by running a copy of the block that has becom
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infra.errors import UserError
 from infra.structure import Attribute, Cut, Removed, shrink
+from modalities.ablation import forward_of, without
 from modalities.blocks import Block
 from modalities.products import Matrix, ProductWatcher
 
@@ -84,10 +84,13 @@ class Units:
         module = block.get_submodule(holder)
         heads = self.count < consumer.weight().shape[1]
         stated = {name: getattr(module, name, None) for name in get_args(Attribute)}
+        # All heads may share one key and value, which then stays.
+        shared = len(self.producers) == 1 and stated["num_key_value_groups"] == self.count
+        same = {"num_key_value_heads", "num_kv_heads"} if shared else {"num_key_value_groups"}
         attributes = {
             name: value * len(kept) // self.count
             for name, value in stated.items()
-            if heads and isinstance(value, int)
+            if heads and isinstance(value, int) and name not in same
         }
         return Removed(count=self.count, kept=kept, cuts=cuts, holder=holder, attributes=attributes)
 
@@ -99,6 +102,7 @@ def find_units(blocks: Sequence[Block], forward: Callable[[], Any]) -> list[list
     units that its code can do without.
     """
     found: dict[Any, list[tuple[str, int, list[tuple[str, int]]]]] = {}
+    failed: dict[tuple[type, str], str] = {}
     for block in blocks:
         if _kind(block) in found:
             continue
@@ -110,16 +114,23 @@ def find_units(blocks: Sequence[Block], forward: Callable[[], Any]) -> list[list
 
         def probe(original: Any, *args: Any, block: Block = block, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            units = _units(block, lambda module: module(*args, **kwargs), original)
+            units = []
+            for each, reason in _units(block, lambda module: module(*args, **kwargs), original):
+                if not reason:
+                    units.append(each)
+                for matrix in each.matrices if reason else ():
+                    failed[type(block.module), matrix.name] = reason
             found[_kind(block)] = [
                 (u.consumer.name, u.count, [(p.matrix.name, p.segments) for p in u.producers])
                 for u in units
             ]
             return output
 
-        with _forward_of(block.module, probe), torch.no_grad():
+        with forward_of(block.module, probe), torch.no_grad():
             forward()
-    return [_of_block(block, found[_kind(block)]) for block in blocks]
+    units = [_of_block(block, found[_kind(block)]) for block in blocks]
+    _refuse_uncovered(blocks, units, failed)
+    return units
 
 
 def _kind(block: Block) -> Any:
@@ -139,11 +150,11 @@ def _of_block(block: Block, found: list[tuple[str, int, list[tuple[str, int]]]])
 Call = Callable[[Callable[..., Any]], Any]  # runs a block, or its forward, on what it was given
 
 
-def _units(block: Block, call: Call, forward: Callable[..., Any]) -> list[Units]:
-    """Of one block, by running it on what it was given; `forward` is its own."""
+def _units(block: Block, call: Call, forward: Callable[..., Any]) -> Iterator[tuple[Units, str]]:
+    """Of one block, by running it on what it was given; `forward` is its own. With each, why it
+    does not work without half of them, where it does not."""
     plain = _inputs(block, call, forward)
     reached = {matrix: _reached(block, matrix, plain, call, forward) for matrix in block.matrices}
-    units = []
     for consumer in block.matrices:
         if consumer not in plain:
             continue
@@ -161,11 +172,8 @@ def _units(block: Block, call: Call, forward: Callable[..., Any]) -> list[Units]
             Producer(matrix, _segments(matrix, reached[matrix], consumer, count, block))
             for matrix in widths
         ]
-        units.append(Units(consumer, count, tuple(producers)))
-    _refuse_uncovered(block, units)
-    for each in units:
-        _prove(block, each, plain, call, forward)
-    return units
+        units = Units(consumer, count, tuple(producers))
+        yield units, _failure(block, units, plain, call, forward)
 
 
 def _inputs(block: Block, call: Call, forward: Callable[..., Any]) -> dict[Matrix, Tensor]:
@@ -193,7 +201,7 @@ def _reached(
     for row in torch.randperm(matrix.weight().shape[0], generator=generator)[:_ROWS].tolist():
         mask = torch.zeros(matrix.weight().shape[0], dtype=torch.bool)
         mask[row] = True
-        with _without(matrix, mask):
+        with without((matrix, mask)):
             after = _inputs(block, call, forward)
         found[row] = {m: _changed(plain[m], after[m]) for m in plain if m in after}
     return found
@@ -240,100 +248,68 @@ def _segments(
     )
 
 
-def _refuse_uncovered(block: Block, units: list[Units]) -> None:
-    covered = {matrix for each in units for matrix in each.matrices}
-    rest = [matrix for matrix in block.matrices if matrix not in covered]
-    total = sum(matrix.params for matrix in block.matrices)
-    if sum(matrix.params for matrix in rest) > _LEFT * total:
-        raise UserError(
-            f"prune.pattern=structured: {block.name}.{rest[0].name} belongs to no channel or head "
-            "that could be removed: use prune.pattern=unstructured"
-        )
+def _refuse_uncovered(
+    blocks: Sequence[Block],
+    units: Sequence[Sequence[Units]],
+    failed: Mapping[tuple[type, str], str],
+) -> None:
+    """What is part of units in another block of the kind may be the last unit of this one."""
+    covered = {
+        (type(block.module), matrix.name)
+        for block, kinds in zip(blocks, units, strict=True)
+        for each in kinds
+        for matrix in each.matrices
+    }
+    for block in blocks:
+        rest = [m for m in block.matrices if (type(block.module), m.name) not in covered]
+        total = sum(matrix.params for matrix in block.matrices)
+        if sum(matrix.params for matrix in rest) > _LEFT * total:
+            reasons = [failed.get((type(block.module), matrix.name)) for matrix in rest]
+            why = f"{block.name}.{rest[0].name} belongs to no channel or head that could be removed"
+            why = next(filter(None, reasons), why)
+            raise UserError(f"prune.pattern=structured: {why}; use prune.pattern=unstructured")
 
 
-def _prove(
+def _failure(
     block: Block,
     units: Units,
     plain: dict[Matrix, Tensor],
     call: Call,
     forward: Callable[..., Any],
-) -> None:
-    """A copy without half of the units gives what the block gives with zeros in their place."""
+) -> str:
+    """A copy without half of the units gives what the block gives with zeros in their place; else
+    in words what happens."""
     gone = torch.arange(units.count) % 2 == 1
-    masks = [(producer.matrix, producer.rows(gone)) for producer in units.producers]
-    with _several_without(masks):
+    rows = [(producer.matrix, producer.rows(gone)) for producer in units.producers]
+    with without(*rows):
         kept = ~_changed(plain[units.consumer], _inputs(block, call, forward)[units.consumer])
-        with _without(units.consumer, units.columns(gone), columns=True):
+        with without((units.consumer, units.columns(gone)), columns=True):
             wanted = _tensor(call(forward))
     smaller = copy.deepcopy(block.module)
     smaller.__dict__.pop("forward", None)  # what watches the original is not for the copy
     smaller._forward_hooks.clear()
     smaller._forward_pre_hooks.clear()
     shrink(smaller, [units.removed(gone)])
+    close = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 5e-2
+    reason = ""
     try:
         found = _tensor(call(smaller))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        found, reason = None, str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
     else:
-        reason = "it computes something else"
-    close = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 5e-2
+        if float((found - wanted).abs().max()) > close * float(wanted.abs().max()):
+            reason = "it computes something else"
     if not kept[~units.columns(gone)].all():
-        reason, found = "they are not independent", None
-    if found is None or float((found - wanted).abs().max()) > close * float(wanted.abs().max()):
-        raise UserError(
-            f"prune.pattern=structured: {block.name} ({type(block.module).__name__}) does not work "
-            f"without half of the {units.count} units of {units.consumer.name}: {reason}; use "
-            "prune.pattern=unstructured"
-        )
+        reason = "they are not independent"
+    if not reason:
+        return ""
+    return (
+        f"{block.name} ({type(block.module).__name__}) does not work without half of the "
+        f"{units.count} units of {units.consumer.name}: {reason}"
+    )
 
 
 def _tensor(output: Any) -> Tensor:
     found = output[0] if isinstance(output, tuple) else output
     assert isinstance(found, Tensor)
     return found
-
-
-@contextmanager
-def _several_without(masks: Sequence[tuple[Matrix, Tensor]]) -> Iterator[None]:
-    if not masks:
-        yield
-        return
-    with _without(*masks[0]), _several_without(masks[1:]):
-        yield
-
-
-@contextmanager
-def _without(matrix: Matrix, mask: Tensor, *, columns: bool = False) -> Iterator[None]:
-    """Some rows, or columns, of a weight are zero inside; its own memory is not touched."""
-    parameter = matrix.block.get_parameter(matrix.parameter)
-    own = parameter.data
-    parameter.data = own.clone()
-    weight = matrix.weight()
-    (weight.t() if columns else weight)[mask.to(weight.device)] = 0
-    try:
-        yield
-    finally:
-        parameter.data = own
-
-
-@contextmanager
-def _forward_of(module: nn.Module, replacement: Callable[..., Any]) -> Iterator[None]:
-    """`replacement(original, ...)` is called instead of a module's forward, once."""
-    before = module.__dict__.get("forward")
-    original = module.forward
-
-    def restore() -> None:
-        if before is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.forward = before
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        restore()
-        return replacement(original, *args, **kwargs)
-
-    module.forward = forward
-    try:
-        yield
-    finally:
-        restore()

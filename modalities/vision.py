@@ -30,6 +30,7 @@ from infra.records import Split
 from infra.recovery_spec import RecoverySpec
 from infra.sources import fetch
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
+from infra.structure import copy_structure, is_structured, read_structure, shrink_model
 from infra.weights import MappedWeights, save_mapped
 from modalities.base import (
     Batch,
@@ -43,6 +44,7 @@ from modalities.base import (
 from modalities.blocks import Block, find_blocks
 from modalities.classes import class_numbers
 from modalities.converted import WEIGHTS, convert_once, licence_of, stated_licence
+from modalities.smaller import load_smaller
 
 _FORMAT = 1  # of a converted checkpoint; a change makes all of them anew
 _CONFIG = "config.json"
@@ -93,6 +95,8 @@ class VisionModality(LoadedModality):
         folder = convert(spec, resolve_dtype(spec.dtype, device))
         weights = MappedWeights(folder / WEIGHTS)
         model = _created(folder, pretrained=False).eval().requires_grad_(False)
+        if is_structured(folder):
+            shrink_model(model, read_structure(folder))
         weights.attach(model, "", torch.device("cpu"))
         model.to(next(model.parameters()).dtype)  # tables that are no weights
         probe = _some_image(model)
@@ -227,13 +231,14 @@ class VisionModality(LoadedModality):
     def save(self, folder: Path) -> None:
         """config.json and model.safetensors, as timm writes them."""
         shutil.copy(self.folder / _CONFIG, folder)
+        copy_structure(self.folder, folder)
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.model.state_dict().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     def reopen(self, folder: Path) -> VisionModality:
         """Load what `save` wrote, as any user of timm would, in the precision of this one."""
         dtype = next(self.model.parameters()).dtype
-        model = _created(folder, pretrained=True).to(dtype).eval()
+        model = _opened(folder).to(dtype).eval()
         model.requires_grad_(False)  # torch picks other kernels where a weight wants a gradient
         blocks = [replace(b, module=model.get_submodule(b.name)) for b in self.blocks]
         rest = (self.device, folder, self.positions)
@@ -265,7 +270,7 @@ def convert(spec: ModelSpec, dtype: torch.dtype) -> Path:
 
     def make(folder: Path) -> None:
         try:
-            model = _created(layout.folder, pretrained=True)
+            model = _opened(layout.folder)
         except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"cannot load {spec.source} with timm: {reason}") from error
@@ -278,6 +283,7 @@ def convert(spec: ModelSpec, dtype: torch.dtype) -> Path:
                 f"model_args {model.num_classes}: correct it"
             )
         save_mapped(model.to(dtype), folder / WEIGHTS)
+        copy_structure(layout.folder, folder)
         text = json.dumps(_native(layout.folder / _CONFIG), indent=1)
         (folder / _CONFIG).write_text(text, encoding="utf-8")
 
@@ -306,6 +312,11 @@ def _created(folder: Path, *, pretrained: bool) -> Any:
     import timm
 
     return timm.create_model(f"local-dir:{folder.absolute()}", pretrained=pretrained)
+
+
+def _opened(folder: Path) -> Any:
+    """With the weights of the folder."""
+    return load_smaller(folder) if is_structured(folder) else _created(folder, pretrained=True)
 
 
 def _licence(folder: Path) -> str:

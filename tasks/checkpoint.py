@@ -6,7 +6,7 @@ A checkpoint is an ordinary one with zeros in it, plus `sparsity.json`: which ma
 which rate, how, on what, and the SHA-256 of every file. Where weights were rounded,
 `grids.safetensors` holds NAME.widths (uint8, one per row) and NAME.scales (float16, rows x groups)
 of every parameter, experts one after another. One that lost whole channels and heads is smaller,
-with a `structure.json`; tasks/structure.py loads it.
+with a `structure.json`; modalities/smaller.py loads it.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ def save_checkpoint(
         modality.save(folder)
         _save_grids(modality, folder, outcome)
         _verify(modality, folder, outcome, evaluation[0])
-        is_smaller = Path(spec.model.source, "structure.json").is_file() and not outcome.grids
-        if outcome.removed or is_smaller:  # codes are of matrices of full size
+        if outcome.removed:
             _make_smaller(modality, spec, folder, outcome, evaluation[0])
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone
@@ -97,18 +96,14 @@ def save_checkpoint(
 def _make_smaller(
     modality: LoadedModality, spec: TrialSpec, folder: Path, outcome: Outcome, batch: Batch
 ) -> None:
-    """Leave out what was removed, now or of the checkpoint that was fine-tuned; the smaller model
-    is the masked one up to rounding."""
+    """Leave out what was removed; the smaller model is the masked one up to rounding."""
     import torch
 
-    from infra.structure import condense, read_structure
-    from tasks.structure import load_smaller, shrink_model, structure_of
+    from infra.structure import condense, shrink_model
+    from modalities.smaller import load_smaller
+    from tasks.structure import structure_of
 
-    structure = (
-        structure_of(modality, outcome.removed)
-        if outcome.removed
-        else read_structure(Path(spec.model.source))
-    )
+    structure = structure_of(modality, outcome.removed)
     masked = modality.reopen(folder)
     shrink_model(masked.model, structure)
     with torch.no_grad(), masked.streaming():

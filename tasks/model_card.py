@@ -36,7 +36,7 @@ stores them in less space, and `sparseramp speed` measures which engines gain fr
 _SMALLER = """\
 **The model is smaller**: its blocks differ in width, which the configurations of transformers and
 timm cannot say. `structure.json` does, and a checkout of Sparseramp loads it."""
-_LOADING_SMALLER = """from tasks.structure import load_smaller
+_LOADING_SMALLER = """from modalities.smaller import load_smaller
 
 model = load_smaller("path/to/this/folder")"""
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(@[\w./-]+)?(:[^:]+)?")

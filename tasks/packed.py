@@ -38,9 +38,10 @@ from infra.packed import (
 )
 from infra.packed_codes import Array, PackedCodes, codes_of, items_of, packed_codes
 from infra.sources import sha256_of
+from infra.structure import is_structured
+from modalities.smaller import load_smaller
 from tasks.checkpoint import GRIDS_FILE
 from tasks.model_card import packed_card
-from tasks.structure import is_structured, load_smaller
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,11 +26,11 @@ from infra.errors import UserError
 from infra.records import SpeedCase, SpeedEngine, SpeedRecord
 from infra.sources import fetch
 from infra.specs import ModelSpec, SpeedSpec
+from infra.structure import expanded, is_structured
 from modalities import load
 from modalities.base import LoadedModality
 from tasks.engines import ENGINES, EncodedLinear, Use, convert
 from tasks.speed_cases import Case, cases_of, image_batch
-from tasks.structure import is_structured, load_smaller
 from tasks.trial import device_name
 
 SMALLER = "smaller"  # the model without its zeros, run by torch as it is
@@ -51,25 +51,26 @@ def measure_speed(model: ModelSpec, speed: SpeedSpec) -> SpeedRecord:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     use: Use = "prefill" if model.modality == "vision" else "decode"
     with _threads(speed.threads):
-        modality = load(model, device)
+        folder = Path(fetch(model.source))
+        masked = model
+        if smaller := is_structured(folder):
+            masked = model.model_copy(update={"source": str(expanded(folder))})
+        modality = load(masked, device)
         matrices = [m.weight() for block in modality.blocks for m in block.matrices]
         zeros = sum(int((matrix == 0).sum()) for matrix in matrices)
         cases = cases_of(modality, speed)
         models: dict[str, nn.Module] = {}
         engines = []
         spare: nn.Module | None = modality.model.to(device)
-        folder = Path(fetch(model.source))
-        smaller = is_structured(folder)
         names = speed.engines or ([] if smaller else ENGINES)
         for name in dict.fromkeys(["dense", *names]):
-            each = load(model, device).model.to(device) if spare is None else spare
+            each = load(masked, device).model.to(device) if spare is None else spare
             engines.append(_converted(each, name, use, asked=bool(speed.engines)))
             spare = each if engines[-1].refusal else None  # what was refused is as it was
             if not spare:
                 models[name] = each
         if smaller:
-            found = load_smaller(folder, trust_remote_code=model.trust_remote_code)
-            models[SMALLER] = found.to(matrices[0].dtype).to(device)
+            models[SMALLER] = load(model, device).model.to(device)
             held_bytes = _held_bytes(models[SMALLER])
             engines.append(SpeedEngine(name=SMALLER, resident_bytes=held_bytes))
         done = [timed(case, models, speed.runs, device, speed.case_s) for case in cases]

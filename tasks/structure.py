@@ -1,34 +1,27 @@
-"""Structured pruning: how many channels and heads each block loses, and the smaller model.
+"""Structured pruning: how many channels and heads each block loses.
 
     counts = unit_counts([0.3, 0.3], [3_000, 3_000], [[(300, 3), (3, 700)]] * 2)  # [[1, 200], ...]
-    model = load_smaller("runs/small/best")          # of transformers or timm, ready to run
 
 While it is pruned and evaluated a model keeps its shape, with zeros where units went; what is saved
-lacks them. modalities/units.py finds the units, tasks/pruning/structured.py chooses among them.
+lacks them, and modalities/smaller.py loads it. modalities/units.py finds the units,
+tasks/pruning/structured.py chooses among them.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from infra.checkpoints import check_safetensors, refuse_unfit
 from infra.errors import UserError
-from infra.structure import STRUCTURE, Structure, read_structure, shrink
-from infra.weights import MappedWeights
+from infra.structure import Structure
 
 if TYPE_CHECKING:
     from modalities.base import Modality
     from modalities.units import Units
-
-
-_UNLOADABLE = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,65 +89,3 @@ def structure_of(modality: Modality, gone: Sequence[tuple[Units, Tensor]]) -> St
     for units, mask in gone:
         blocks.setdefault(names[id(units.consumer.block)], []).append(units.removed(mask.cpu()))
     return Structure(blocks=blocks)
-
-
-def shrink_model(model: nn.Module, structure: Structure) -> nn.Module:
-    """Take the removed units out of a model of full size, in place."""
-    for name, removed in structure.blocks.items():
-        shrink(model.get_submodule(name), removed)
-    return model
-
-
-def is_structured(folder: Path) -> bool:
-    """Whether a checkpoint's blocks lack units."""
-    return (folder / STRUCTURE).is_file()
-
-
-def load_smaller(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
-    """The smaller model of a structured checkpoint: of transformers or timm, in eval mode.
-
-    Raises UserError where the folder is none, where a file is damaged or does not fit, and where it
-    brings code that is not to be run.
-    """
-    folder = Path(folder)
-    if not is_structured(folder):
-        raise UserError(f"{folder} has no {STRUCTURE}: load it with its own library")
-    structure = read_structure(folder)
-    names = [file.name for file in folder.iterdir()]
-    state: dict[str, Tensor] = {}
-    for name in refuse_unfit(folder, names, trust_remote_code=trust_remote_code):
-        check_safetensors(folder / name)
-        state |= MappedWeights(folder / name).read()
-    is_timm = "architecture" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    try:
-        model: Any = _of_timm(folder) if is_timm else _of_transformers(folder, trust_remote_code)
-        shrink_model(model, structure)
-        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    except _UNLOADABLE as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise UserError(f"{folder} does not fit its {STRUCTURE}: {reason}") from error
-    if not is_timm:  # a tied head has no weights of its own
-        model.tie_weights()
-        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing or unexpected:
-        raise UserError(f"{folder} does not fit its config.json: {(missing or unexpected)[0]}")
-    dtype = next(iter(t.dtype for t in state.values() if t.is_floating_point()))
-    return model.to(dtype).eval().requires_grad_(False)
-
-
-def _of_transformers(folder: Path, trust: bool) -> Any:
-    import transformers
-    from accelerate import init_empty_weights
-
-    config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model
-
-
-def _of_timm(folder: Path) -> Any:
-    import timm
-
-    return timm.create_model(f"local-dir:{folder.absolute()}", pretrained=False)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from infra.errors import UserError
+from infra.structure import shrink
 from modalities.base import Modality
 from modalities.blocks import find_blocks
 from modalities.units import Units, find_units
@@ -56,7 +57,7 @@ REFUSED = {
     "phi3": "qkv_proj.weight do not fall into 2 units",
     "bloom": "does not work without half of the 4 units",
     "mixtral": "mixture of experts",
-    "olmo2": "belongs to no channel or head",
+    "olmo2": "does not work without half of the 2 units",
 }
 
 
@@ -110,6 +111,29 @@ def test_a_fused_weight_loses_the_same_part_of_each_segment(
     (qkv,) = modality.units()[0][0].producers
     rows = qkv.rows(torch.tensor([True, False])).nonzero().flatten().tolist()
     assert rows == [*range(16), *range(32, 48), *range(64, 80)]
+
+
+def test_the_last_heads_of_a_block_stay_and_its_channels_may_go() -> None:
+    """A group of two heads, then one head, and then no head can go; nor where no block has two."""
+    model = build("llama").eval().requires_grad_(False)
+    ids = torch.arange(12)[None]
+    seen = torch.ones_like(ids)
+    seen[:, -1] = 0
+
+    def forward() -> None:
+        model(input_ids=ids, attention_mask=seen, use_cache=False)
+
+    blocks = find_blocks(model, forward)
+    for number, block in enumerate(blocks):
+        for producers in (3, 1):  # queries, keys and values; then one key and value for all
+            heads, _ = find_units(blocks, forward)[number]
+            assert (heads.count, len(heads.producers)) == (2, producers)
+            shrink(block.module, [heads.removed(torch.tensor([False, True]))])
+        if block is not blocks[-1]:
+            counts = [[kind.count for kind in kinds] for kinds in find_units(blocks, forward)]
+            assert counts == [[64]] * (number + 1) + [[2, 64]] * (len(blocks) - number - 1)
+    with pytest.raises(UserError, match=r"does not work without half .* self_attn\.o_proj"):
+        find_units(blocks, forward)
 
 
 def test_blocks_of_one_kind_are_tried_once() -> None:
