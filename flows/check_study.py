@@ -75,7 +75,7 @@ class _Looks:
         """A cell's line of the table; `cause` is why it would be refused."""
         spec, prune = cell.spec, cell.spec.prune
         line: Line = {"cell": cell.name, "model": cell.model, "method": prune.method}
-        line |= {"allocation": prune.allocation, "sparsity": prune.sparsity, "needs": ""}
+        line |= {"allocation": prune.allocation, "goal": prune.goal, "needs": ""}
         line |= {"token_passes": 0, "seconds": 0.0, "memory_bytes": 0, "cause": ""}
         try:
             refuse(spec)
@@ -114,15 +114,15 @@ def _print(answer: dict[str, Any]) -> None:
     if not console.is_terminal:
         console.width = 200
     lines, cluster = answer["cells"], answer["cluster"]
-    table = Table(title=f"{len(lines)} cells of {answer['models']} models", title_justify="left")
-    for column in ("cell", "model", "method", "sparsity", "needs", "work", "memory"):
+    table = Table(title=f"{len(lines)} cells, models: {answer['models']}", title_justify="left")
+    for column in ("cell", "model", "method", "goal", "needs", "work", "memory"):
         table.add_column(column, overflow="fold")
     for line in lines:
         table.add_row(
             line["cell"],
             line["model"],
             line["method"],
-            f"{100 * line['sparsity']:g} %",
+            line["goal"],
             line["needs"],
             "refused" if line["cause"] else duration(line["seconds"]),
             f"{line['memory_bytes'] / 2**20:,.0f} MiB" if line["memory_bytes"] else "",

@@ -17,17 +17,25 @@ COLOURS = {"dense": "#c2a53a", "uniform": "#8b93a1", "best": "#0e9f7e"}
 RUNG_COLOURS = ["#4f93dd", "#e2872f", "#b06ad0", "#d9567a"]
 
 
+def rates_shown(report: dict[str, Any]) -> dict[str, list[float]]:
+    """Of uniform and best, by block: the share that went, or the bits that weights were left."""
+    rates = {side: report[side]["block_rates"] for side in ("uniform", "best")}
+    if report["spec"]["prune"]["method"] in ROUNDING:
+        return {side: [bits_of(rate) for rate in each] for side, each in rates.items()}
+    return rates
+
+
 def figures(report: dict[str, Any]) -> dict[str, Figure]:
     """Plotly figures by the id of the element that shows them; the page adds its own colours."""
     sides = ["uniform"] if report["best"]["uniform"] else ["uniform", "best"]
     metric = report["spec"]["search"]["objective"]
     model = report["model"]
-    rounds = report["spec"]["prune"]["method"] in ROUNDING
-    shown = {side: report[side]["block_rates"] for side in sides}
-    if rounds:
-        shown = {side: [bits_of(rate) for rate in rates] for side, rates in shown.items()}
-    hover = "%{y:.3f} bits in %{text}" if rounds else "%{y:.2%} zeros in %{text}"
-    rates = [_line(side, model, values, hover) for side, values in shown.items()]
+    prune = report["spec"]["prune"]
+    rounds = prune["method"] in ROUNDING
+    gone = "removed" if prune["pattern"] == "structured" else "zeros"
+    hover = "%{y:.3f} bits in %{text}" if rounds else f"%{{y:.2%}} {gone} in %{{text}}"
+    shown = rates_shown(report)
+    rates = [_line(side, model, shown[side], hover) for side in sides]
     errors = [
         _line(side, model, [e["relative"] for e in curve], "relative error %{y:.3g} after %{text}")
         for side, curve in ((side, report["errors"][side]) for side in sides)
@@ -41,7 +49,8 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
         # Nothing is carried into the first block, and a logarithmic axis has no zero.
         if any(sizes := [relative_part(e, what) or None for e in report["errors"][side]])
     ]
-    shares = {"title": {"text": "share of zeros"}, "tickformat": ".0%", "range": _room(rates)}
+    what = "share removed" if gone == "removed" else "share of zeros"
+    shares = {"title": {"text": what}, "tickformat": ".0%", "range": _room(rates)}
     if rounds:
         shares = {"title": {"text": "bits per weight"}}
     ratio = {"title": {"text": "‖H − H̃‖ / ‖H‖"}, "type": "log", "tickformat": ".2~g"}

@@ -31,19 +31,9 @@ from infra.study_files import StudySpec
 from tasks.statistics import plus_minus
 
 STUDY = "study.json"  # the study as it was read
-COLUMNS = ["cell", "model", "modality", "family", "blocks", "method", "allocation", "sparsity"]
-COLUMNS += [
-    "bits",
-    "realised",
-    "realised_bits",
-    "state",
-    "verdict",
-    "cause",
-    "headline",
-    "dense",
-    "uniform",
-    "best",
-]
+COLUMNS = ["cell", "model", "modality", "family", "blocks", "method", "allocation", "goal"]
+COLUMNS += ["sparsity", "bits", "realised", "realised_bits", "state", "verdict", "cause"]
+COLUMNS += ["headline", "dense", "uniform", "best"]
 COLUMNS += ["gain", "gain_stderr", "gain_low", "gain_high", "gain_unit", "beta", "tilt", "trials"]
 COLUMNS += ["used_s", "peak_memory_bytes", "priority", "report"]
 # Columns that a narrow terminal may lack, those that are kept longest first.

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from flows.explanation import Verdict, damage_rates, explain
-from flows.figures import COLOURS, figures, relative_part
+from flows.figures import COLOURS, figures, rates_shown, relative_part
 from flows.live import duration
 from flows.measures import (
     WINDOWS,
@@ -32,6 +32,7 @@ from flows.measures import (
 )
 from flows.pictures import pictures
 from flows.recovered import recovery_of
+from flows.sizes import size_in_words
 from flows.speed import kept_speed
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialResult
@@ -39,13 +40,7 @@ from infra.specs import Spec
 from infra.store import RunStore, write_atomic
 from tasks.allocation import bounds_of
 from tasks.model_card import calibrated_on, settings, short
-from tasks.statistics import (
-    Difference,
-    label,
-    mean_loss,
-    plus_minus,
-    three_digits,
-)
+from tasks.statistics import Difference, label, mean_loss, plus_minus, three_digits
 
 Report = dict[str, Any]
 
@@ -122,6 +117,7 @@ def build_report(
         },
         "pictures": [],
         "speed": None,
+        "size": size_in_words(best[0], model),
         "recovery": recovery_of(uniform, best, objective=objective, unit=model.unit),
         "trials": _trials(results, done, objective),
         **_errors(uniform, best, gain, model),
@@ -305,6 +301,7 @@ def render(report: Report) -> str:
         "report.html",
         report=report,
         figures=figures(report),
+        shown=rates_shown(report),
         settings=settings(report["spec"]),
         calibrated=calibrated_on(report["spec"], report["windows"]),
         colours=COLOURS,

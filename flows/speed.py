@@ -153,7 +153,8 @@ def conclusion(record: SpeedRecord) -> str:
             without.append(title(case))
         else:
             gains.append(f"{title(case)} {best.ratio:.2f}x ({best.engine})")
-    parts = [f"faster than dense: {', '.join(gains)}"] if gains else []
+    beside = next(engine.name for engine in record.engines if engine.baseline)
+    parts = [f"faster than {beside}: {', '.join(gains)}"] if gains else []
     parts += [f"no gain: {', '.join(without)}"] if without else []
     return "; ".join(parts)
 
@@ -170,12 +171,13 @@ def title(case: SpeedCase) -> str:
 def print_speed(record: SpeedRecord) -> None:
     """A table of times, one of memory, and the conclusion."""
     console = Console(highlight=False)
+    ran = [engine for engine in record.engines if not engine.refusal]
+    gone = "zeros in blocks" if ran[0].name == "dense" else "of its blocks removed"
     console.print(
-        f"{record.checkpoint}: {record.architecture}, {record.sparsity:.0%} zeros in blocks, "
+        f"{record.checkpoint}: {record.architecture}, {record.sparsity:.0%} {gone}, "
         f"{record.dtype} on {record.device}, {record.host}"
     )
     table = Table()
-    ran = [engine for engine in record.engines if not engine.refusal]
     for column in ("", "unit", "n", *(engine.name for engine in ran)):
         table.add_column(column, justify="right" if column else "left")
     for case in record.cases:
@@ -186,21 +188,19 @@ def print_speed(record: SpeedRecord) -> None:
         table.add_row(title(case), case.unit, str(len(next(iter(case.seconds.values())))), *cells)
     for name, sizes in (
         ("weights in memory", [engine.resident_bytes for engine in ran]),
-        ("with the most beside", [engine.peak_bytes for engine in ran]),
+        ("memory at its peak", [engine.peak_bytes for engine in ran]),
     ):
         table.add_row(name, "MB", "", *(f"{size / 1e6:.1f}" for size in sizes))
-    encoded = [sum(not layer.reason for layer in engine.layers) for engine in ran]
-    table.add_row(
-        "layers encoded",
-        "",
-        "",
-        *(
-            "" if not engine.layers or engine.baseline else f"{count} of {len(engine.layers)}"
-            for engine, count in zip(ran, encoded, strict=True)
-        ),
-    )
+    encoded = [
+        f"{sum(not layer.reason for layer in engine.layers)} of {len(engine.layers)}"
+        if engine.layers and not engine.baseline
+        else ""
+        for engine in ran
+    ]
+    if any(encoded):
+        table.add_row("layers encoded", "", "", *encoded)
     divergences = (f"{engine.kl:.2g}" for engine in ran)
-    table.add_row("KL to dense", f"nats/{_unit(record)}", "", *divergences)
+    table.add_row(f"KL to {ran[0].name}", f"nats/{_unit(record)}", "", *divergences)
     console.print(table)
     console.print(
         "Median and quartiles of n interleaved timings; a factor is over the faster dense engine, "

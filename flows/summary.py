@@ -39,6 +39,8 @@ def print_summary(report: dict[str, Any], run: str) -> None:
         table.add_row(name, *facts, *cells, *([f"{published.get(name, '')}"] if published else []))
     console.print(table)
     console.print(report["gain"]["conclusion"])
+    if size := report.get("size"):  # no report of earlier versions has it
+        console.print(size)
     if report["explanation"]:
         console.print(report["explanation"])
     if recovery := report.get("recovery"):

@@ -29,9 +29,11 @@ def with_rate(prune: Any) -> Any:
         return prune
     if prune.get("pattern") == "structured" and prune.get("bits"):
         raise ValueError("prune.bits does not go with prune.pattern='structured': leave one out")
-    if prune.get("method") not in ROUNDING:
-        return prune
     method, bits, sparsity = (prune.get(key) for key in ("method", "bits", "sparsity"))
+    if method not in ROUNDING:
+        if isinstance(bits, int | float) and 0 < bits < LEAST:
+            raise ValueError(f"prune.bits={bits:g}: codes and their scales take {LEAST:g} or more")
+        return prune
     if not isinstance(bits, int | float) or not LEAST <= bits <= MOST:
         raise ValueError(
             f"prune.method={method!r} needs prune.bits from {LEAST:g} to {MOST:g}, not {bits or 0}"
@@ -39,10 +41,10 @@ def with_rate(prune: Any) -> Any:
     if prune.get("pattern", "unstructured") != "unstructured":
         raise ValueError(f"prune.method={method!r} removes nothing: leave prune.pattern out")
     rate = (MOST - bits) / (MOST - LEAST)
-    if isinstance(sparsity, int | float) and abs(sparsity - rate) > 1e-9:
+    if isinstance(sparsity, int | float) and sparsity and abs(sparsity - rate) > 1e-9:
         raise ValueError(
-            f"prune.method={method!r} removes nothing: leave prune.sparsity out, or use "
-            "method='sparsegpt' with prune.bits, which prunes and rounds at once"
+            f"prune.method={method!r} removes nothing: leave prune.sparsity out or set it to 0, or "
+            "use method='sparsegpt' with prune.bits, which prunes and rounds at once"
         )
     return prune | {"sparsity": rate}
 

@@ -247,6 +247,8 @@ def load_table(files: Sequence[Path], source: str) -> Any:
 
     Raises UserError where they cannot be read as one.
     """
+    if not files[0].is_dir() and suffix_of(files[0]) not in TABLES:
+        raise UserError(f"{source} is no table: name one of {', '.join(TABLES)}")
     import datasets  # a second that only tables cost
 
     datasets.disable_progress_bars()

@@ -179,6 +179,9 @@ class TrialResult(Frozen):
     fallbacks: list[str] = Field(default=[], description="matrices that saw no calibration token")
     notes: list[str] = Field(default=[], description="what a method had to do to prune a matrix")
     errors: list[BlockError] = []
+    removed: dict[str, tuple[int, int]] = Field(
+        default={}, description="whole units that went, and how many there were, by what they are"
+    )
     cost: Cost = Cost()
     attempts: int = Field(1, description="dispatches, the lost ones included")
     weights_sha256: str = Field("", description="of the dense weights that it began with")

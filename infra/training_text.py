@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from infra.documents import deal, documents, files_of, load_table
+from infra.documents import TABLES, deal, documents, files_of, load_table, suffix_of
 from infra.errors import UserError
 from infra.recovery_spec import RecoverySpec
 from infra.specs import DataSpec
@@ -21,7 +21,18 @@ Conversation = list[dict[str, str]]
 def training_documents(data: DataSpec, recovery: RecoverySpec) -> list[str]:
     """The distinct documents, in the order of their source; raises UserError as `documents` does,
     and where the selection or the report holds one of them."""
-    found = documents(_trained_on(data, recovery), "calibration")
+    trained_on = _trained_on(data, recovery)
+    if recovery.source:
+        files = files_of(recovery.source, trained_on.files)
+        if suffix_of(files[0]) in TABLES or files[0].is_dir():
+            names = load_table(files, recovery.source).column_names
+            if trained_on.column not in names:
+                raise UserError(
+                    f"{recovery.source} has no column {trained_on.column!r}, it has "
+                    f"{', '.join(names)}: set recovery.column to the text, or recovery.messages, "
+                    "or recovery.question and recovery.answer"
+                )
+    found = documents(trained_on, "calibration")
     _refuse_shared(found, data, recovery)
     return found
 
@@ -36,11 +47,14 @@ def conversations(data: DataSpec, recovery: RecoverySpec) -> list[Conversation]:
 
     def read(source: str) -> list[Conversation]:
         table = load_table(files_of(source, trained_on.files), source)
-        wanted = [name for name in (recovery.messages, recovery.question, recovery.answer) if name]
-        for name in wanted:
+        keys = [key for key in ("messages", "question", "answer") if getattr(recovery, key)]
+        wanted = [getattr(recovery, key) for key in keys]
+        for key, name in zip(keys, wanted, strict=True):
             if name not in table.column_names:
                 names = ", ".join(table.column_names)
-                raise UserError(f"{source} has no column {name!r}, it has {names}: set recovery")
+                raise UserError(
+                    f"{source} has no column {name!r}, it has {names}: set recovery.{key}"
+                )
         rows = zip(*(table[name] for name in wanted), strict=True)
         return [_conversation(row, source, wanted) for row in rows if None not in row]
 

@@ -28,6 +28,7 @@ from infra.packed import (
     is_carried,
     write_safetensors,
 )
+from infra.structure import is_structured
 from tasks.checkpoint import SPARSITY_FILE
 from tasks.packed import DenseCheckpoint, Grids
 
@@ -49,16 +50,20 @@ def export(folder: Path, destination: Path) -> dict[str, int]:
         ) from None
     import torch
 
+    if is_structured(folder):
+        raise UserError(f"{folder} has blocks of several widths: no engine's configuration says so")
     source, grids = DenseCheckpoint(folder), Grids(folder)
     if not grids.scales:
         raise UserError(
             f"{folder} has no rounded weights: set prune.bits, such as prune.method=gptq "
             f"prune.bits={4 + 16 / GROUP:g}"
         )
-    widths = {name: _width(name, source, grids) for name in grids.scales}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "architectures" not in config:
         raise UserError(f"{folder} is no checkpoint of transformers: nothing else reads the format")
+    for name in grids.scales:
+        _refuse_unfit(name, source, grids)
+    widths = {name: _width(name, grids) for name in grids.scales}
     tensors, made_of = dict[str, PackedTensor](), dict[str, np.ndarray]()
     for name, tensor in source.tensors.items():
         if name not in widths:
@@ -94,10 +99,8 @@ def export(folder: Path, destination: Path) -> dict[str, int]:
     return {"file_dense_bytes": source.file_bytes, "file_bytes": size}
 
 
-def _width(name: str, source: DenseCheckpoint, grids: Grids) -> int:
-    """The bits of a matrix's codes; raises UserError where the format has no such matrix."""
-    whole = f"set prune.allocation=uniform and prune.bits={4 + 16 / GROUP:g}"
-    found = sorted({int(width) for width in grids.widths[name]})
+def _refuse_unfit(name: str, source: DenseCheckpoint, grids: Grids) -> None:
+    """Raise UserError where the format has no such matrix, whatever its bits."""
     if name not in source.tensors:
         raise UserError(f"{name} is stored under another name: compressed-tensors cannot hold it")
     shape = source.tensors[name].shape
@@ -109,6 +112,12 @@ def _width(name: str, source: DenseCheckpoint, grids: Grids) -> int:
             f"{name} has {shape[1]} inputs, which groups of {GROUP} do not divide: "
             "compressed-tensors cannot hold it; sparseramp pack without --format does"
         )
+
+
+def _width(name: str, grids: Grids) -> int:
+    """The bits of a matrix's codes; raises UserError where the format has no such codes."""
+    whole = f"set prune.allocation=uniform and prune.bits={4 + 16 / GROUP:g}"
+    found = sorted({int(width) for width in grids.widths[name]})
     if len(found) > 1 or found[0] not in WIDTHS:
         these = " and ".join(map(str, found))
         raise UserError(

@@ -33,7 +33,8 @@ from tasks.engines import ENGINES, EncodedLinear, Use, convert
 from tasks.speed_cases import Case, cases_of, image_batch
 from tasks.trial import device_name
 
-SMALLER = "smaller"  # the model without its zeros, run by torch as it is
+SMALLER = "smaller"  # a structured checkpoint as it is, run by torch
+WITH_ZEROS = "with zeros"  # the same at full size, with zeros where units went
 WARM_UPS = 3
 LONG_S = 0.25  # of a call; after one of these everything is warm
 LEAST = 3  # timings that a case has however long they take
@@ -65,12 +66,17 @@ def measure_speed(model: ModelSpec, speed: SpeedSpec) -> SpeedRecord:
         names = speed.engines or ([] if smaller else ENGINES)
         for name in dict.fromkeys(["dense", *names]):
             each = load(masked, device).model.to(device) if spare is None else spare
-            engines.append(_converted(each, name, use, asked=bool(speed.engines)))
+            engine = _converted(each, name, use, asked=bool(speed.engines))
+            if smaller and name == "dense":
+                name = WITH_ZEROS
+            engines.append(engine.model_copy(update={"name": name}))
             spare = each if engines[-1].refusal else None  # what was refused is as it was
             if not spare:
                 models[name] = each
         if smaller:
             models[SMALLER] = load(model, device).model.to(device)
+            for parameter in models[SMALLER].parameters():
+                parameter.count_nonzero()  # mapped until then, as no other model is any more
             held_bytes = _held_bytes(models[SMALLER])
             engines.append(SpeedEngine(name=SMALLER, resident_bytes=held_bytes))
         done = [timed(case, models, speed.runs, device, speed.case_s) for case in cases]

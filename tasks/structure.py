@@ -82,6 +82,18 @@ def unit_budgets(modality: Modality, rates: Sequence[float]) -> list[list[UnitBu
     ]
 
 
+def counts_of(gone: Sequence[tuple[Units, Tensor]]) -> dict[str, tuple[int, int]]:
+    """Units that went and how many there were, of all blocks, by what they are. gone: of each, a
+    mask of units."""
+    found: dict[str, tuple[int, int]] = {}
+    for units, mask in gone:
+        kind = "channels" if units.count == units.consumer.weight().shape[1] else "heads or groups"
+        name = f"{kind} ({units.consumer.name.removesuffix('.weight')})"
+        lost, count = found.get(name, (0, 0))
+        found[name] = lost + int(mask.sum()), count + units.count
+    return found
+
+
 def structure_of(modality: Modality, gone: Sequence[tuple[Units, Tensor]]) -> Structure:
     """What removing units makes of a model. gone: of each, a mask of units."""
     names = {id(block.module): block.name for block in modality.blocks}

@@ -53,6 +53,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     started = time.perf_counter()
     from tasks.checkpoint import save_checkpoint
     from tasks.recovery import counted, forget, measured_again, recover
+    from tasks.structure import counts_of
     from tasks.sweep import sweep
     from tasks.zero_shot import check_tasks, zero_shot
 
@@ -137,6 +138,7 @@ def run_trial(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
         fallbacks=outcome.fallbacks,
         notes=outcome.notes,
         errors=outcome.errors,
+        removed=counts_of(outcome.removed),
         weights_sha256=modality.weights.sha256,
         cost=Cost(
             cold=list(_loaded) != before,

@@ -64,11 +64,19 @@ def test_contradictions_are_one_line(tmp_path: Path) -> None:
     spec = write_project(tmp_path)
     for overrides, message in (
         (["prune.method=gptq"], "needs prune.bits from 2.25 to 8"),
+        (["prune.method=sparsegpt", "prune.bits=1"], "codes and their scales take 2.25 or more"),
         (["prune.method=gptq", "prune.bits=3"], "leave prune.sparsity out"),
     ):
         with pytest.raises(UserError, match=message) as refused:
             load_spec(spec, overrides)
         assert len(str(refused.value).splitlines()) == 1
+
+
+def test_no_sparsity_can_be_said_on_the_command_line(tmp_path: Path) -> None:
+    spec = load_spec(
+        write_project(tmp_path), ["prune.method=gptq", "prune.bits=3", "prune.sparsity=0"]
+    )
+    assert spec.prune.goal == "3 bits"
 
 
 @pytest.mark.timeout(300)
@@ -85,6 +93,8 @@ def test_bits_are_searched_and_reported(tmp_path: Path) -> None:
         assert result[side]["bits"] == pytest.approx(3.5, abs=2e-3)
     assert "3.5 bits" in report["gain"]["conclusion"]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert report["size"].startswith("Packed, the weights of blocks take 0.2 MB instead of 1.")
+    assert report["size"] in page and "Weights are masked" not in page
     assert "bits per weight" in page and "<th>bits</th>" in page
     card = (tmp_path / "run" / "best" / "README.md").read_text(encoding="utf-8")
     assert ", 3.5 bits" in card and "A rate r stands for 8 - 5.75 r bits" in card

@@ -22,6 +22,10 @@ def test_a_smaller_model_is_reported_and_opened_again(tmp_path: Path) -> None:
     assert report["goal"] == "30 % structured sparsity"
     assert "at 30 % structured sparsity" in report["gain"]["conclusion"].lower()
     assert result["best"]["sparsity"] == pytest.approx(0.3, abs=0.01)
+    assert "of 6 heads or groups (self_attn.o_proj)" in report["size"]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert report["size"] in page and report["size"] in done.stdout + page
+    assert "<th>removed</th>" in page and "Weights are masked" not in page
     best = tmp_path / "run" / "best"
     assert "load_smaller" in (best / "README.md").read_text(encoding="utf-8")
     again = run("evaluate", best, "--json", cache=cache)

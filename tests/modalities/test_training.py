@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from infra.errors import UserError
 from infra.recovery_spec import RecoverySpec
 from infra.specs import DataSpec
-from infra.training_text import conversations
+from infra.training_text import conversations, training_documents
 from modalities.training import UNSCORED, chat_windows, text_windows
 from tests.models import load, tokenizer, write_checkpoint
 
@@ -117,5 +117,18 @@ def test_instruction_tables_are_read_and_kept_apart(
     shared = shared.model_copy(update={"selection": text.source, "calibration": text.source})
     with pytest.raises(UserError, match="documents are in both"):
         conversations(shared, asked)
+    for wrong, message in (
+        ({"question": "ask", "answer": "a"}, r"no column 'ask', .*: set recovery\.question$"),
+        ({"question": "q", "answer": "say"}, r"no column 'say', .*: set recovery\.answer$"),
+        ({"messages": "turns"}, r"no column 'turns', .*: set recovery\.messages$"),
+    ):
+        with pytest.raises(UserError, match=message):
+            conversations(text, RecoverySpec(steps=1, source=str(table), **wrong))
+    prose = tmp_path / "prose.md"
+    prose.write_text("no table")
+    with pytest.raises(UserError, match=r"prose\.md is no table: name one of \.parquet"):
+        conversations(text, RecoverySpec(steps=1, source=str(prose), messages="chat"))
+    with pytest.raises(UserError, match=r"no column 'text', it has q, a, chat: set recovery\.colu"):
+        training_documents(text, RecoverySpec(steps=1, source=str(table)))
     with pytest.raises(UserError, match="must hold text"):
         conversations(text, RecoverySpec(steps=1, source=str(table), messages="q"))
