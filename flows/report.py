@@ -269,9 +269,10 @@ def _conclusion(report: Report) -> str:
     over = f"{gain['n']} {gain['of']} and {gain['n_seeds']} calibration seed"
     over += "" if gain["n_seeds"] == 1 else "s"
     interval = f"95 % interval {gain['low']:.3f} to {gain['high']:.3f}, {over}"
-    if best["uniform"]:
-        why = "no candidate beat equal rates" if report["command"] == "search" else best["label"]
-        text = f"No gain at {at}: {why}; {what} {after} ({dense})."
+    if best["uniform"] and report["command"] == "search":
+        text = f"No gain at {at}: no candidate beat equal rates; {what} {after} ({dense})."
+    elif best["uniform"]:
+        text = f"At {at}, equal rates give {what} {after} ({dense}); nothing else was tried."
     elif gain["low"] > 0:
         text = (
             f"At {at}, {beta} brings {what} from {before} (uniform) to {after}; {dense}. "

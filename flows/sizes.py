@@ -13,7 +13,7 @@ def size_in_words(result: TrialResult, model: ModelRecord) -> str:
         parts = [f"{gone:,} of {count:,} {what}" for what, (gone, count) in result.removed.items()]
         left = model.total_params - sum(matrix.zeros for matrix in result.matrices)
         return (
-            f"Gone are {' and '.join(parts)}: {left / model.total_params:.1%} of "
+            f"Gone are {' and '.join(parts)}: {100 * left / model.total_params:.1f} % of "
             f"{model.total_params:,} parameters are left."
         )
     if bits := sum(matrix.bits * matrix.params for matrix in result.matrices):
@@ -21,6 +21,6 @@ def size_in_words(result: TrialResult, model: ModelRecord) -> str:
         dense = full * sum(matrix.params for matrix in result.matrices)
         return (
             f"Packed, the weights of blocks take {bits / 8e6:,.1f} MB instead of "
-            f"{dense / 8e6:,.1f}; best/ holds them in full size until `sparseramp pack` is run."
+            f"{dense / 8e6:,.1f}; best/ holds them in full size until sparseramp pack is run."
         )
     return ""
