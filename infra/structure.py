@@ -2,7 +2,7 @@
 
     structure = read_structure(Path("runs/small/best"))
     shrink(model, structure.blocks["model.layers.0"])     # a module becomes smaller, in place
-    condense(folder, structure); expand(folder, elsewhere)
+    expand(folder, elsewhere)
 
 Blocks differ in width then, which no library's configuration can say: a model is built at full
 size, without weights, and made smaller before it gets them. With zeros in the place of what went
@@ -111,14 +111,18 @@ def shrink(block: nn.Module, removed: Sequence[Removed]) -> None:
             part = whole.detach().index_select(cut.dim, places)
             setattr(owner, name, nn.Parameter(part, requires_grad=whole.requires_grad))
             _state_sizes(owner)
+        holder = block.get_submodule(units.holder)
         for name, value in units.attributes.items():
-            setattr(block.get_submodule(units.holder), name, value)
+            if not 1 <= value <= getattr(holder, name):
+                raise ValueError(f"{units.holder}.{name} cannot become {value}")
+            setattr(holder, name, value)
 
 
 def _state_sizes(owner: nn.Module) -> None:
     """What a layer says of its sizes."""
     weight = owner.weight
-    assert isinstance(weight, Tensor)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{type(owner).__name__} has no weight")
     first, last = ("nx", "nf") if hasattr(owner, "nf") else ("out_features", "in_features")
     if isinstance(owner, nn.Conv2d):
         first, last = "out_channels", "in_channels"
@@ -140,26 +144,6 @@ def copy_structure(folder: Path, destination: Path) -> None:
     """What a checkpoint states of its blocks, where it does."""
     if is_structured(folder):
         shutil.copy(folder / STRUCTURE, destination)
-
-
-def condense(folder: Path, structure: Structure) -> None:
-    """Write the smaller weights in the place of a checkpoint's own, and `structure.json`.
-
-    It states what the checkpoint lacked before as well.
-    """
-    cuts = _cuts(structure)
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors = {}
-        for name, tensor in load_file(file).items():
-            for cut, units in cuts.get(name, ()):
-                places = cut.places(units.count, units.kept, tensor.shape[cut.dim])
-                tensor = tensor.index_select(cut.dim, places)
-            tensors[name] = tensor.clone()
-        save_file(tensors, file, metadata={"format": "pt"})
-    if is_structured(folder):
-        structure = read_structure(folder).then(structure)
-    text = structure.model_dump_json(indent=1)
-    (folder / STRUCTURE).write_text(text, encoding="utf-8")
 
 
 def expand(folder: Path, destination: Path) -> None:

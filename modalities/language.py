@@ -24,7 +24,7 @@ from infra.records import Split
 from infra.recovery_spec import RecoverySpec
 from infra.sources import fetch
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec
-from infra.structure import copy_structure, is_structured
+from infra.structure import copy_structure, is_structured, read_structure
 from infra.training_text import conversations, training_documents
 from infra.weights import MappedWeights, save_mapped
 from modalities.base import Batch, HeldWeights, LoadedModality, Weights, resolve_dtype
@@ -37,7 +37,7 @@ from modalities.converted import (
     stated_licence,
 )
 from modalities.pretrained import copy_code, mapped, refuse_incomplete, reopened
-from modalities.smaller import load_smaller
+from modalities.smaller import load_smaller, save_smaller
 from modalities.text import adds_bos, cut_windows, shuffled
 from modalities.training import UNSCORED, TrainingText, chat_windows, text_windows
 
@@ -198,11 +198,13 @@ class LanguageModality(LoadedModality):
 
     def save(self, folder: Path) -> None:
         """`save_pretrained` of the model and its tokenizer, and the code that came with it."""
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+        model: Any = self.model
+        model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if isinstance(self.weights, MappedWeights):
             copy_code(self.weights.path.parent, folder)
-            copy_structure(self.weights.path.parent, folder)
+            if is_structured(self.weights.path.parent):
+                save_smaller(model, read_structure(self.weights.path.parent), folder)
 
     def reopen(self, folder: Path) -> LanguageModality:
         """Load what `save` wrote, as any user of transformers would."""
@@ -254,6 +256,7 @@ def _convert(
     logging.set_verbosity_error()
     if is_structured(layout.folder):
         model = load_smaller(layout.folder, trust_remote_code=spec.trust_remote_code).to(dtype)
+        model.config.dtype = dtype  # buffers are made in it
     else:
         model = _opened(spec, layout, dtype)
     where = tokenizer_path or layout.folder

@@ -1,6 +1,8 @@
 """Checkpoints that lost whole channels and heads, as models: `structure.json` says which.
 
 model = load_smaller("runs/small/best")     # of transformers or timm, ready to run
+
+Weights have the names that the model's modules have, whatever its library calls them in files.
 """
 
 from __future__ import annotations
@@ -9,13 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from infra.checkpoints import check_safetensors, refuse_unfit
 from infra.errors import UserError
 from infra.packed import DENSE
-from infra.structure import STRUCTURE, is_structured, read_structure, shrink_model
-from infra.weights import MappedWeights
+from infra.structure import STRUCTURE, Structure, is_structured, read_structure, shrink_model
+from infra.weights import MappedWeights, save_mapped
 
 _UNLOADABLE = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
 
@@ -52,6 +54,14 @@ def load_smaller(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
     if is_timm:  # tables that are no weights
         model.to(next(model.parameters()).dtype)
     return model.eval().requires_grad_(False)
+
+
+def save_smaller(model: nn.Module, structure: Structure, folder: Path) -> None:
+    """Write a smaller model's weights and `structure.json`, beside its configuration."""
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
+        file.unlink()
+    save_mapped(model, folder / DENSE)
+    (folder / STRUCTURE).write_text(structure.model_dump_json(indent=1), encoding="utf-8")
 
 
 def _of_transformers(folder: Path, trust: bool) -> Any:

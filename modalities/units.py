@@ -12,8 +12,10 @@ the rows. What was found is proven by running a copy of the block that has becom
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, get_args
 
 import torch
@@ -25,10 +27,11 @@ from modalities.ablation import forward_of, without
 from modalities.blocks import Block
 from modalities.products import Matrix, ProductWatcher
 
-_ROWS = 8  # of each weight that are tried
+_ROWS = 12  # of each weight that are tried, so that two heads of q, k and v each have one
 _SEGMENTS = (1, 2, 3)  # that a fused weight may have: gate and up, or q, k and v
 _CHANGED = 1e-4  # of the largest input
-_LEFT = 0.1  # of a block's weights may belong to no unit: keys and values that all heads share
+_LEFT = 0.1  # of a block's weights may belong to no unit
+_GROUPS = "num_key_value_groups"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +70,17 @@ class Units:
         """Weights of one unit."""
         return sum(matrix.params for matrix in self.matrices) // self.count
 
+    @property
+    def holder(self) -> str:
+        """The module inside the block that the consumer's layer is a part of."""
+        return self.consumer.parameter.rpartition(".")[0].rpartition(".")[0]
+
+    @property
+    def shares_key(self) -> bool:
+        """Whether they are heads that all use one key and value, which stays."""
+        groups = getattr(self.consumer.block.get_submodule(self.holder), _GROUPS, None)
+        return len(self.producers) == 1 and groups == self.count
+
     def removed(self, gone: Tensor) -> Removed:
         """What removing some of them makes of the block. gone: units, True where one goes."""
         block, consumer = self.consumer.block, self.consumer
@@ -80,19 +94,20 @@ class Units:
             if matrix.parameter.endswith("weight") and bias in names:
                 cuts.append(Cut(parameter=bias, dim=0, segments=segments))
         kept = (~gone).nonzero().flatten().tolist()
-        holder = consumer.parameter.rpartition(".")[0].rpartition(".")[0]
-        module = block.get_submodule(holder)
+        module = block.get_submodule(self.holder)
         heads = self.count < consumer.weight().shape[1]
         stated = {name: getattr(module, name, None) for name in get_args(Attribute)}
-        # All heads may share one key and value, which then stays.
-        shared = len(self.producers) == 1 and stated["num_key_value_groups"] == self.count
-        same = {"num_key_value_heads", "num_kv_heads"} if shared else {"num_key_value_groups"}
+        same = {"num_key_value_heads", "num_kv_heads"}
+        if not self.shares_key:
+            same = {"num_key_value_groups"}
         attributes = {
             name: value * len(kept) // self.count
             for name, value in stated.items()
             if heads and isinstance(value, int) and name not in same
         }
-        return Removed(count=self.count, kept=kept, cuts=cuts, holder=holder, attributes=attributes)
+        return Removed(
+            count=self.count, kept=kept, cuts=cuts, holder=self.holder, attributes=attributes
+        )
 
 
 def find_units(blocks: Sequence[Block], forward: Callable[[], Any]) -> list[list[Units]]:
@@ -118,8 +133,8 @@ def find_units(blocks: Sequence[Block], forward: Callable[[], Any]) -> list[list
             for each, reason in _units(block, lambda module: module(*args, **kwargs), original):
                 if not reason:
                     units.append(each)
-                for matrix in each.matrices if reason else ():
-                    failed[type(block.module), matrix.name] = reason
+                else:
+                    failed[type(block.module), each.consumer.name] = reason
             found[_kind(block)] = [
                 (u.consumer.name, u.count, [(p.matrix.name, p.segments) for p in u.producers])
                 for u in units
@@ -196,10 +211,11 @@ def _reached(
     forward: Callable[..., Any],
 ) -> dict[int, dict[Matrix, Tensor]]:
     """Of some rows of a weight, which inputs of every product change without them."""
-    generator = torch.Generator().manual_seed(0)
+    chance, out = random.Random(0), matrix.weight().shape[0]
+    edges = [place * out // _ROWS for place in range(_ROWS + 1)]
     found = {}
-    for row in torch.randperm(matrix.weight().shape[0], generator=generator)[:_ROWS].tolist():
-        mask = torch.zeros(matrix.weight().shape[0], dtype=torch.bool)
+    for row in (chance.randrange(a, b) for a, b in pairwise(edges) if a < b):
+        mask = torch.zeros(out, dtype=torch.bool)
         mask[row] = True
         with without((matrix, mask)):
             after = _inputs(block, call, forward)
@@ -254,20 +270,27 @@ def _refuse_uncovered(
     failed: Mapping[tuple[type, str], str],
 ) -> None:
     """What is part of units in another block of the kind may be the last unit of this one."""
-    covered = {
-        (type(block.module), matrix.name)
-        for block, kinds in zip(blocks, units, strict=True)
-        for each in kinds
-        for matrix in each.matrices
-    }
+    proven: set[tuple[type, str]] = set()
+    covered: set[tuple[type, str]] = set()
+    for block, kinds in zip(blocks, units, strict=True):
+        kind = type(block.module)
+        for each in kinds:
+            proven.add((kind, each.consumer.name))
+            covered |= {(kind, matrix.name) for matrix in each.matrices}
+            if each.shares_key:
+                beside = [m.name for m in block.matrices if m.name.startswith(f"{each.holder}.")]
+                covered |= {(kind, name) for name in beside}
+    for key, reason in failed.items():
+        if key not in proven:
+            raise UserError(f"prune.pattern=structured: {reason}; use prune.pattern=unstructured")
     for block in blocks:
         rest = [m for m in block.matrices if (type(block.module), m.name) not in covered]
         total = sum(matrix.params for matrix in block.matrices)
         if sum(matrix.params for matrix in rest) > _LEFT * total:
-            reasons = [failed.get((type(block.module), matrix.name)) for matrix in rest]
-            why = f"{block.name}.{rest[0].name} belongs to no channel or head that could be removed"
-            why = next(filter(None, reasons), why)
-            raise UserError(f"prune.pattern=structured: {why}; use prune.pattern=unstructured")
+            raise UserError(
+                f"prune.pattern=structured: {block.name}.{rest[0].name} belongs to no channel or "
+                "head that could be removed: use prune.pattern=unstructured"
+            )
 
 
 def _failure(

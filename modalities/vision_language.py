@@ -21,6 +21,7 @@ from infra.checkpoints import CheckpointLayout, inspect_checkpoint
 from infra.errors import UserError
 from infra.sources import fetch
 from infra.specs import ModelSpec
+from infra.structure import is_structured
 from infra.weights import save_mapped
 from modalities.converted import WEIGHTS, convert_once, first_line, stated_licence
 from modalities.pretrained import copy_code, refuse_incomplete
@@ -95,7 +96,10 @@ def _filled(model: nn.Module, folder: Path, lost: list[str], dtype: torch.dtype)
     for name, source in parts.items():
         cpu = torch.device("cpu")
         kind: Any = str(dtype).removeprefix("torch.")
-        other: Any = LanguageModality.load(ModelSpec(source=source, dtype=kind), cpu).model
+        loaded: Any = LanguageModality.load(ModelSpec(source=source, dtype=kind), cpu)
+        if is_structured(loaded.weights.path.parent):
+            raise UserError(f"{folder / _PARTS}: {source} lacks channels or heads")
+        other = loaded.model
         place = model.get_submodule(name)
         state = {n: t.clone() for n, t in other.base_model.state_dict().items()}
         place.load_state_dict(state, assign=True)

@@ -99,8 +99,8 @@ def _make_smaller(
     """Leave out what was removed; the smaller model is the masked one up to rounding."""
     import torch
 
-    from infra.structure import condense, shrink_model
-    from modalities.smaller import load_smaller
+    from infra.structure import is_structured, read_structure, shrink_model
+    from modalities.smaller import load_smaller, save_smaller
     from tasks.structure import structure_of
 
     structure = structure_of(modality, outcome.removed)
@@ -112,7 +112,9 @@ def _make_smaller(
     for smaller, pruned in zip(losses, outcome.losses, strict=False):
         if not math.isclose(smaller, pruned, rel_tol=1e-3 if exact else 5e-2, abs_tol=1e-4):
             raise RuntimeError(f"the smaller model gives {smaller}, the masked one {pruned}")
-    condense(folder, structure)
+    if is_structured(folder):  # it was smaller already
+        structure = read_structure(folder).then(structure)
+    save_smaller(masked.model, structure, folder)
     saved = load_smaller(folder, trust_remote_code=spec.model.trust_remote_code)
     for name, parameter in masked.model.named_parameters():
         if not torch.equal(parameter.cpu(), saved.get_parameter(name)):

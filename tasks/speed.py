@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infra.checkpoints import inspect_checkpoint
 from infra.errors import UserError
 from infra.records import SpeedCase, SpeedEngine, SpeedRecord
 from infra.sources import fetch
@@ -55,7 +56,8 @@ def measure_speed(model: ModelSpec, speed: SpeedSpec) -> SpeedRecord:
         folder = Path(fetch(model.source))
         masked = model
         if smaller := is_structured(folder):
-            masked = model.model_copy(update={"source": str(expanded(folder))})
+            whole = inspect_checkpoint(folder, trust_remote_code=model.trust_remote_code).folder
+            masked = model.model_copy(update={"source": str(expanded(whole))})
         modality = load(masked, device)
         matrices = [m.weight() for block in modality.blocks for m in block.matrices]
         zeros = sum(int((matrix == 0).sum()) for matrix in matrices)

@@ -46,9 +46,14 @@ def unit_counts(
     Raises UserError where that leaves too many.
     """
     carried: dict[int, float] = {}
-    carry, found, smallest = 0.0, [], 0
+    found: list[list[int]] = []
+    carry, smallest = 0.0, 0
     for rate, total, kinds in zip(rates, params, units, strict=True):
         wanted = rate * total + carry
+        if not kinds:  # of each only one is left
+            carry = wanted
+            found.append([])
+            continue
         counts = []
         for place, (size, count) in enumerate(kinds[:-1]):
             exact = rate * count + carried.get(place, 0.0)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tasks.pruning.grids import Grid
 
 UNSTRUCTURED = "unstructured"
-STRUCTURED = "structured"  # whole channels and heads: tasks/structure.py
+STRUCTURED = "structured"  # whole channels and heads: tasks/structure.py, modalities/smaller.py
 _FAR = 1e-3  # how far a mean of N per block may be from the sparsity
 _MOST_SUMS = 4_000  # that mixed_groups tells apart
 

@@ -161,3 +161,8 @@ def test_counts_of_equal_blocks() -> None:
 def test_one_unit_of_each_kind_stays() -> None:
     with pytest.raises(UserError, match=r"one channel and one head .* choose less sparsity"):
         unit_counts([0.99, 0.99], [600, 600], [[(100, 3), (30, 10)]] * 2)
+
+
+def test_a_block_with_nothing_left_to_lose_is_made_up_for_by_the_next() -> None:
+    counts = unit_counts([0.2, 0.2], [100, 1_000], [[], [(10, 100)]])
+    assert counts == [[], [22]]
