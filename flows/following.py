@@ -27,9 +27,7 @@ LOOK_S = 1.0
 
 
 @contextmanager
-def following(
-    ask: Callable[[], list[Facts]], show: Callable[[Facts], None], every_s: float = LOOK_S
-) -> Iterator[None]:
+def following(ask: Callable[[], list[Facts]], show: Callable[[Facts], None]) -> Iterator[None]:
     """Inside, `show` is given what is new, in a thread; `tenth` says that it is worth a line: the
     first that is known of a trial, and the first in each tenth of its steps."""
     done = threading.Event()
@@ -37,7 +35,7 @@ def following(
     def look() -> None:
         last: dict[int, Facts] = {}
         tenths: dict[int, int] = {}
-        while not done.wait(every_s):
+        while not done.wait(LOOK_S):
             for facts in ask():
                 number = facts["trial"]
                 if last.get(number) == facts:
@@ -58,14 +56,15 @@ def following(
 @contextmanager
 def shown(store: RunStore, ask: Callable[[], list[Facts]]) -> Iterator[None]:
     """Inside, the one fine-tune of a run is shown on stderr: a line that changes on a terminal,
-    else a line for every tenth of its steps. The last of it stays in the run, for `status`."""
+    else a line for every tenth of its steps. The last of it is in the run, for `status`."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     known: Facts = {}
 
     def show(facts: Facts) -> None:
-        if not known and facts["begun"]:
-            console.print(f"goes on at step {facts['begun']}")
+        first = not known
         known.update(facts)
+        if first and facts["begun"]:
+            console.print(f"goes on at step {facts['begun']}")
         if facts["tenth"] and not console.is_terminal:
             console.print(steps_in_words(facts))
         with suppress(UserError):  # what decides whether the run can go on is its result
@@ -82,6 +81,7 @@ def shown(store: RunStore, ask: Callable[[], list[Facts]]) -> Iterator[None]:
         )
     with board, following(ask, show):
         yield
+    store.path(FILE).unlink(missing_ok=True)
 
 
 def _now() -> str:

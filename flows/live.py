@@ -99,7 +99,8 @@ class _Lines:
         """One JSON object on one line, at once; what an earlier call told is not told again, and
         of a fine-tune every tenth of its steps."""
         if not event.get("earlier") and event.get("tenth", True):
-            self.file.write(f"{json.dumps(event)}\n")  # in one piece: two threads may tell
+            line = json.dumps({key: event[key] for key in event if key != "tenth"})
+            self.file.write(f"{line}\n")  # in one piece: two threads may tell
             self.file.flush()
 
 

@@ -41,7 +41,8 @@ def recover(checkpoint: Path, overrides: list[str], *, as_json: bool = False) ->
     spec = _spec(checkpoint, overrides)
     with ExitStack() as stack:
         store = stack.enter_context(RunStore.open(spec, "recover"))
-        print(_beginning(checkpoint, spec, overrides), file=sys.stderr)
+        if not store.numbers():
+            print(_beginning(checkpoint, spec, overrides), file=sys.stderr)
         stack.enter_context(stoppable(store.dir))
         cluster = stack.enter_context(connect(spec.cluster))
         tracking.start(store.dir, spec.tracking)
@@ -124,7 +125,7 @@ def _run(cluster: Cluster, store: RunStore, trial: TrialSpec) -> TrialResult:
 def _beginning(checkpoint: Path, spec: Spec, overrides: list[str]) -> str:
     """What is about to be done, and for how long where nobody said so."""
     asked = "recovery.steps" in {override.partition("=")[0].strip() for override in overrides}
-    hint = "" if asked else ", unless recovery.steps=N says otherwise"
+    hint = "" if asked else " (set recovery.steps for more or fewer)"
     return f"fine-tuning {checkpoint} into {spec.run.dir}: {spec.recovery.steps} steps{hint}"
 
 

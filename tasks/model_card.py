@@ -111,7 +111,7 @@ def recovered_card(card: str, spec: Mapping[str, Any], answer: Mapping[str, Any]
     what recovery.json holds; read are `before`, `after`, `sparsity`, `of`, `conclusion`.
     """
     name, recovery, windows = short(spec["model"]["source"]), spec["recovery"], answer["of"]
-    card = card or f"# {name}\n"
+    card = card or f"# {name}\n\nThe checkpoint came without a card of ours.\n"
     parsed = ModelCard(card) if card.startswith("---\n") else None
     if parsed:
         parsed.data["eval_results"] = _results(answer["after"], spec, windows)
@@ -134,6 +134,8 @@ of {_public(spec["data"]["report"] or spec["data"]["source"])}. Trained on
 ```toml
 {settings}
 ```
+
+## Before the fine-tune
 """
     return re.sub(r"^# .*\n", lambda title: f"{title[0]}\n{told}", card, count=1, flags=re.M)
 
