@@ -35,7 +35,9 @@ def following(ask: Callable[[], list[Facts]], show: Callable[[Facts], None]) -> 
     def look() -> None:
         last: dict[int, Facts] = {}
         tenths: dict[int, int] = {}
-        while not done.wait(LOOK_S):
+        ended = False
+        while not ended:
+            ended = done.wait(LOOK_S)  # once more after the end: it may have come within a second
             for facts in ask():
                 number = facts["trial"]
                 if last.get(number) == facts:

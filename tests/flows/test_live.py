@@ -82,9 +82,11 @@ def test_a_fine_tune_is_a_row_until_its_trial_ends_and_a_line_each_tenth(
             return []
         return [facts | {"step": step}]
 
-    with live(make_spec(), 1000, console=Console(file=file)) as view:
-        with following.following(ask, lambda told: view.event({"kind": "recovery", **told})):
-            assert asked.wait(10)
+    with (
+        live(make_spec(), 1000, console=Console(file=file)) as view,
+        following.following(ask, lambda told: view.event({"kind": "recovery", **told})),
+    ):
+        assert asked.wait(10)
     lines = [json.loads(line) for line in file.getvalue().splitlines()]
     assert [line["step"] for line in lines] == [0, 20, 200]
     assert lines[1] == event | {"step": 20}
