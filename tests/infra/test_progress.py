@@ -1,11 +1,15 @@
-"""What a worker tells of its progress reaches the driver, each driver its own, and fails nothing.
+"""What a trial tells of its progress: at most once a second, and no trouble where nobody hears.
+
+That it reaches the driver from another node is in test_cluster.py.
 
 python -m pytest tests/infra/test_progress.py
 """
 
 import pytest
+from ray.exceptions import RpcError
 
 from infra import progress
+from infra.cluster import told
 from infra.progress import Facts, listen, tell
 
 
@@ -24,3 +28,19 @@ def test_nobody_is_told_and_a_listener_once_a_second(monkeypatch: pytest.MonkeyP
         tell(step=clock[0])
     tell(always=True, step=3)
     assert [facts["step"] for facts in told] == [1.0, 2.0, 3]
+
+
+def test_a_store_that_does_not_answer_fails_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def breaks(*_: object, **options: object) -> None:
+        asked.append(options["namespace"])
+        raise RpcError("the head is gone")
+
+    monkeypatch.setattr(told, "_prefix", lambda: "01/")
+    for name in ("_internal_kv_put", "_internal_kv_list", "_internal_kv_del"):
+        monkeypatch.setattr(told, name, breaks)
+    told.keep({"trial": 7, "step": 1})
+    assert told.told() == []
+    told.forget()
+    assert asked == [told.NAMESPACE] * 3
