@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("check", _check, "spec", "resolve everything a spec names and say what would run where")
     add("evaluate", _evaluate, "checkpoint", "measure a saved checkpoint on its report split")
-    add("recover", _recover, "checkpoint", "fine-tune a saved checkpoint, keeping every zero")
+    recovers = "fine-tune a saved checkpoint, keeping every zero: 200 steps, or recovery.steps=N"
+    add("recover", _recover, "checkpoint", recovers)
     add("speed", _speed, "checkpoint", "time a saved checkpoint on every engine that runs here")
     pack = add("pack", _pack, "checkpoint", "store a saved checkpoint without its zeros", False)
     pack.add_argument("--format", choices=["packed", "compressed-tensors"], default="packed")
@@ -202,7 +203,7 @@ def _report(options: argparse.Namespace) -> None:
         _show_leaderboard(write_leaderboard(Path(options.run)), options.run, options.json)
         return
     if command == "recover":
-        from flows.recover import kept_recovery, print_recovery
+        from flows.recovered import kept_recovery, print_recovery
 
         found = kept_recovery(Path(options.run))
         print(json.dumps(found)) if options.json else print_recovery(found)

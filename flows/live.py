@@ -6,9 +6,9 @@
 
 Events are the dictionaries that go to events.jsonl. Kinds: started, model, wave, trial, climb,
 final, checkpoint (it is made again), report, finished, stopped, and storage (Optuna's cannot be
-written, or can again). `total` counts token passes, the unit in which work is known
-beforehand; any event may correct it with `planned`, and one of a resumed run says with `done` how
-many earlier drivers have behind them.
+written, or can again); recovery, how far a fine-tune is, is shown only. `total` counts token
+passes, the unit in which work is known beforehand; any event may correct it with `planned`, and one
+of a resumed run says with `done` how many earlier drivers have behind them.
 """
 
 import json
@@ -80,14 +80,28 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def steps_in_words(facts: Event) -> str:
+    """step 37 of 200, loss 3.21, about 4 min 05 s left; what a fine-tune told, see recovery."""
+    step, steps, loss = facts["step"], facts["steps"], facts["loss"]
+    text = f"step {step} of {steps}" + ("" if loss is None else f", loss {loss:.2f}")
+    if step == steps:
+        return f"{text}, is measured and saved"
+    if done := step - facts["begun"]:
+        text += f", about {_rough((steps - step) * facts['seconds'] / done)} left"
+    return text
+
+
 class _Lines:
     def __init__(self, console: Console) -> None:
         self.file = console.file
 
     def event(self, event: Event) -> None:
-        """One JSON object on one line, at once; what an earlier call told is not told again."""
-        if not event.get("earlier"):
-            print(json.dumps(event), file=self.file, flush=True)
+        """One JSON object on one line, at once; what an earlier call told is not told again, and
+        of a fine-tune every tenth of its steps."""
+        if not event.get("earlier") and event.get("tenth", True):
+            line = json.dumps({key: event[key] for key in event if key != "tenth"})
+            self.file.write(f"{line}\n")  # in one piece: two threads may tell
+            self.file.flush()
 
 
 class Board:
@@ -105,6 +119,8 @@ class Board:
         self.stage = "starting"
         self.earlier = self.done = self.trials = self.failed = 0
         self.found: dict[int, dict[str, Event]] = {}
+        self.tuned: dict[int, Event] = {}  # how far the fine-tune of a trial is
+        self.ended: set[int] = set()
 
     def event(self, event: Event) -> None:
         """Take the event in; the board is drawn from it twice a second."""
@@ -113,6 +129,8 @@ class Board:
             self.earlier = event["done"]
         if event["kind"] == "trial":
             self._trial(event)
+        elif event["kind"] == "recovery":
+            self.tuned[event["trial"]] = event
         elif event["kind"] == "storage":
             text = event["problem"] or "the Optuna storage can be written again"
             self.console.print(Text(f"{text} ({event['untold']} trials untold)", style="yellow"))
@@ -122,6 +140,7 @@ class Board:
     def _trial(self, event: Event) -> None:
         self.trials += 1
         self.failed += event["state"] == "failed"
+        self.ended.add(event["number"])
         if event["stage"] == "search" and event["state"] == "complete":
             self.found.setdefault(event["rung"], {})[event["label"]] = event
         if event.get("earlier"):
@@ -193,6 +212,9 @@ class Board:
                 times += ", without lm-eval's tasks"
         grid.add_row("model", Text(f"{self.spec.model.source}, {self.spec.prune.goal}"))
         grid.add_row("stage", Text(self.stage, style="bold"))
+        for number, event in sorted(self.tuned.items()):
+            if number not in self.ended:
+                grid.add_row("fine-tune", f"trial {number}, {steps_in_words(event)}")
         grid.add_row("progress", bar)
         grid.add_row("best", self.best())
         grid.add_row("time", times)

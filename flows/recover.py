@@ -4,20 +4,22 @@
     sparseramp recover runs/quickstart/best recovery.method=full run.dir=runs/full
 
 Start and resume are the same command. The run holds the checkpoint, best/, and recovery.json, which
-compares it with what it was made from, on the report split.
+compares it with what it was made from, on the report split. stderr says how far it is.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from flows.evaluate import report_trial, saved_facts, spec_of
+from flows.following import shown
 from flows.pins import pin_recovery
-from flows.recovered import effort, kept, print_sides, side_of, told
-from flows.stop import stoppable
+from flows.recovered import FILE, conclusion, print_recovery, side_of
+from flows.stop import cause_of, stoppable
 from infra import tracking
 from infra.cluster import Cluster, connect, damaged
 from infra.errors import UserError
@@ -25,9 +27,9 @@ from infra.records import TrialResult, TrialSpec
 from infra.sources import pinned
 from infra.specs import Spec
 from infra.store import RunStore, write_atomic
+from tasks.model_card import recovered_card
 from tasks.trial import refuse_unrecoverable, run_trial
 
-FILE = "recovery.json"
 STEPS = 200  # where the command does not say
 
 
@@ -37,13 +39,12 @@ def recover(checkpoint: Path, overrides: list[str], *, as_json: bool = False) ->
     Raises UserError for what is no checkpoint, what cannot be trained, and text that measures.
     """
     spec = _spec(checkpoint, overrides)
-    if sys.stderr.isatty():
-        print(f"fine-tuning {checkpoint} for {spec.recovery.steps} steps", file=sys.stderr)
-    with (
-        RunStore.open(spec, "recover") as store,
-        stoppable(store.dir),
-        connect(spec.cluster) as cluster,
-    ):
+    with ExitStack() as stack:
+        store = stack.enter_context(RunStore.open(spec, "recover"))
+        if not store.numbers():
+            print(_beginning(checkpoint, spec, overrides), file=sys.stderr)
+        stack.enter_context(stoppable(store.dir))
+        cluster = stack.enter_context(connect(spec.cluster))
         tracking.start(store.dir, spec.tracking)
         trial = _trial(store)
         unit = cluster.call(refuse_unrecoverable, trial)
@@ -51,13 +52,13 @@ def recover(checkpoint: Path, overrides: list[str], *, as_json: bool = False) ->
             store.write_wave(0, [trial])
         result = store.results().get(0)
         if result is None or result.state == "failed" or not _there(store, result):
-            result = _run(cluster, spec, trial)
+            result = _run(cluster, store, trial)
             store.write_result(result)
             if result.state == "failed":
                 store.event("stopped", cause="UserError", reason=result.cause)
                 raise UserError(result.cause)
             cluster.fetch(result, store.path("best"))
-        answer = {
+        answer: dict[str, Any] = {
             "kind": "recovery",
             "checkpoint": str(checkpoint),
             "run": str(store.dir),
@@ -66,33 +67,17 @@ def recover(checkpoint: Path, overrides: list[str], *, as_json: bool = False) ->
             "spec": spec.recovery.model_dump(),
             "provenance": store.provenance,
         }
+        answer["conclusion"] = conclusion(answer)
         data = json.dumps(answer, indent=1, allow_nan=False).encode()
         write_atomic(store.path(FILE), data)
+        card = recovered_card(_card_of(checkpoint), spec.model_dump(), answer)
+        write_atomic(store.path("best/README.md"), card.encode())
         store.event("finished")
     if as_json:
         print(json.dumps(answer, allow_nan=False))
     else:
         print_recovery(answer)
     return answer
-
-
-def kept_recovery(run: Path) -> dict[str, Any]:
-    """What recovery.json of a run holds; raises UserError where there is none yet."""
-    try:
-        found: dict[str, Any] = json.loads((run / FILE).read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{run / FILE} cannot be read: give the command that started the run once more"
-        ) from error
-
-
-def print_recovery(answer: dict[str, Any]) -> None:
-    """The table, the conclusion, and where to look next."""
-    print_sides({"checkpoint": answer})
-    print(f"{effort(answer)} take {told(answer)}; {kept(answer)}.")
-    print(f"numbers     {Path(answer['run'], FILE)}")
-    print(f"checkpoint  {Path(answer['run'], 'best')}")
 
 
 def _spec(checkpoint: Path, overrides: list[str]) -> Spec:
@@ -124,11 +109,31 @@ def _trial(store: RunStore) -> TrialSpec:
     return report_trial(store.spec, checkpoint=True, recovery=store.spec.recovery)
 
 
-def _run(cluster: Cluster, spec: Spec, trial: TrialSpec) -> TrialResult:
+def _run(cluster: Cluster, store: RunStore, trial: TrialSpec) -> TrialResult:
     """The trial on one worker, or on several that share every batch."""
-    if spec.recovery.workers > 1:
-        return cluster.together(run_trial, trial, spec.recovery.workers)
-    return next(iter(cluster.run(run_trial, [trial])))
+    workers = store.spec.recovery.workers
+    try:
+        with shown(store, cluster.told):
+            if workers > 1:
+                return cluster.together(run_trial, trial, workers)
+            return next(iter(cluster.run(run_trial, [trial])))
+    except KeyboardInterrupt as error:
+        store.event("stopped", **cause_of(error))
+        raise
+
+
+def _beginning(checkpoint: Path, spec: Spec, overrides: list[str]) -> str:
+    """What is about to be done, and for how long where nobody said so."""
+    asked = "recovery.steps" in {override.partition("=")[0].strip() for override in overrides}
+    hint = "" if asked else " (set recovery.steps for more or fewer)"
+    return f"fine-tuning {checkpoint} into {spec.run.dir}: {spec.recovery.steps} steps{hint}"
+
+
+def _card_of(checkpoint: Path) -> str:
+    """The README.md of a checkpoint of ours; others' may say anything."""
+    card = checkpoint / "README.md"
+    ours = saved_facts(checkpoint) and card.is_file()
+    return card.read_text(encoding="utf-8") if ours else ""
 
 
 def _there(store: RunStore, result: TrialResult) -> bool:

@@ -10,6 +10,7 @@ flows/dispatch_loop.py, drives any number of runs; a single search is a study of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from flows import speed
 from flows.descriptions import Asking, Descriptions
 from flows.dispatch_loop import Entry, Step, drive
 from flows.fetching import Fetching
+from flows.following import following
 from flows.live import View, live, trial_event
 from flows.pins import pin, refuse
 from flows.plan import (
@@ -75,6 +77,9 @@ def _alone(command: str, spec: Spec, plan: Planner, as_json: bool) -> Report:
         stoppable(store.dir),
         live(spec, planned_passes(spec, None, store.results()), as_json=as_json) as view,
         connect(spec.cluster) as cluster,
+        following(cluster.told, lambda facts: view.event({"kind": "recovery", **facts}))
+        if spec.recovery.steps
+        else nullcontext(),
     ):
         tracking.start(store.dir, spec.tracking)
         run = Run(store, pinned_spec, cluster, view, plan, Descriptions())

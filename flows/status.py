@@ -12,19 +12,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
 from flows.cells import Cell, cells_of
 from flows.comparison import NOT_BEGUN, STOPPED, UNFINISHED, row_of
+from flows.following import FILE
 from flows.leaderboard import STUDY, spent_of, study_cells_in
-from flows.live import duration
+from flows.live import duration, steps_in_words
 from flows.plan import best_so_far, planned_trials
+from flows.recovered import FILE as RECOVERY
+from flows.recovered import conclusion, kept_recovery
 from infra.driver import driver_of
 from infra.errors import UserError
 from infra.store import RunStore
 
 Status = dict[str, Any]
+_FACTS = TypeAdapter(dict[str, Any])
 
 
 def status(folder: Path) -> Status:
@@ -38,6 +43,8 @@ def status(folder: Path) -> Status:
         "last_event": events[-1]["event"] if events else "",
         "age_s": _age_s(events[-1]["time"]) if events else None,
     }
+    if store.command == "recover":
+        return found | _recovery(store)
     if cells := cells_in(store):
         spent = spent_of(store) if driver is None else ""
         rows = [_cell(cell, spent) for cell in cells]
@@ -73,6 +80,18 @@ def cells_in(store: RunStore) -> list[Cell]:
     if store.command == "study" and store.path(STUDY).exists():
         return study_cells_in(store)
     return []
+
+
+def _recovery(store: RunStore) -> Status:
+    """Of a fine-tune of a checkpoint: how far it is, or what it gave."""
+    finished = store.path(RECOVERY).exists()
+    facts = store.parse(FILE, _FACTS) if store.path(FILE).exists() and not finished else None
+    return {
+        "finished": finished,
+        "steps": store.spec.recovery.steps,
+        "progress": facts and facts | {"age_s": _age_s(facts["time"])},
+        "recovery": kept_recovery(store.dir) if finished else None,
+    }
 
 
 def _run(store: RunStore) -> Status:
@@ -133,6 +152,9 @@ def print_status(found: Status) -> None:
         who = f"{found['last_event']}, {who}"
     age = "" if found["age_s"] is None else f"; last event {duration(found['age_s'])} ago"
     console.print(f"{found['run']}: {found['command']}, {who}{age}", markup=False)
+    if found["command"] == "recover":
+        console.print(_how_far(found), markup=False)
+        return
     trials = found["trials"]
     failed = f", {trials['failed']} failed" if trials["failed"] else ""
     done = trials["complete"] + trials["failed"]
@@ -160,6 +182,17 @@ def print_status(found: Status) -> None:
             duration(row["used_s"]),
         )
     console.print(table, markup=False)
+
+
+def _how_far(found: Status) -> str:
+    """Of a fine-tune, in a line."""
+    if recovery := found["recovery"]:
+        return conclusion(recovery)
+    again = "" if found["driver"] else "; the same command goes on"
+    if facts := found["progress"]:
+        pace = {} if found["driver"] else {"begun": facts["step"]}  # nobody is at work: none
+        return f"{steps_in_words(facts | pace)}; told {duration(facts['age_s'])} ago{again}"
+    return f"no step of {found['steps']} yet{again}"
 
 
 def _best(best: Status | None) -> str:

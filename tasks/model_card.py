@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from infra.bits import LEAST, MOST, ROUNDING
 from infra.spec_files import toml_value
@@ -59,7 +59,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     )
     name = ", ".join([short(source), *sparse, *([bits] if best["bits"] else [])])
     texts = {use: spec["data"][use] or spec["data"]["source"] for use in ("calibration", "report")}
-    paper = report["protocol"] == "paper"
+    paper, length = report["protocol"] == "paper", spec["evaluation"]["context"]
     warning = "; **paper protocol: beta was selected on this split**" if paper else ""
     return f"""---
 {_front_matter(report, name, texts)}
@@ -69,9 +69,9 @@ def model_card(report: Mapping[str, Any]) -> str:
 
 {report["gain"]["conclusion"]}
 
-{_rows(report)}
+{_rows({side: report[side] for side in ("dense", "uniform", "best") if report[side]})}
 {_recovered(report)}
-± is one standard error; n = {best["metrics"]["loss"]["n"]} {_windows(report)}
+± is one standard error; n = {best["metrics"]["loss"]["n"]} {_windows(report["windows"], length)}
 of {_public(texts["report"])}, calibrated
 {_times(report["gain"]["n_seeds"])}{warning}. The weights here are those of calibration seed
 {report["gain"]["seeds"][0]}.
@@ -102,6 +102,42 @@ With Sparseramp {report["version"]}, `sparseramp {report["command"]} spec.toml`,
 {settings(spec)}
 ```
 """
+
+
+def recovered_card(card: str, spec: Mapping[str, Any], answer: Mapping[str, Any]) -> str:
+    """The card of a checkpoint, changed to that of what a fine-tune made of it.
+
+    `card` is empty where the checkpoint has none, `spec` is that of the fine-tune, and `answer`
+    what recovery.json holds; read are `before`, `after`, `sparsity`, `of`, `conclusion`.
+    """
+    name, recovery, windows = short(spec["model"]["source"]), spec["recovery"], answer["of"]
+    card = card or f"# {name}\n\nThe checkpoint came without a card of ours.\n"
+    parsed = ModelCard(card) if card.startswith("---\n") else None
+    if parsed:
+        parsed.data["eval_results"] = _results(answer["after"], spec, windows)
+        card = f"---\n{parsed.data.to_yaml()}\n---\n{parsed.text}"
+    before, after = ({"metrics": answer[side]} for side in ("before", "after"))
+    share = {"sparsity": answer["sparsity"]}
+    settings = "\n".join(f"recovery.{key} = {toml_value(value)}" for key, value in recovery.items())
+    length = spec["evaluation"]["context"]
+    told = f"""\
+**The weights here were fine-tuned since**: what follows this section is about those before.
+{answer["conclusion"]}
+
+{_rows({"before": before | share, "after": after | share})}
+
+± is one standard error; n = {answer["after"]["loss"]["n"]} {_windows(windows, length)}
+of {_public(spec["data"]["report"] or spec["data"]["source"])}. Trained on
+{_public(recovery["source"] or spec["data"]["calibration"] or spec["data"]["source"])} by
+`sparseramp recover` with
+
+```toml
+{settings}
+```
+
+## Before the fine-tune
+"""
+    return re.sub(r"^# .*\n", lambda title: f"{title[0]}\n{told}", card, count=1, flags=re.M)
 
 
 def packed_card(card: str) -> str:
@@ -156,18 +192,6 @@ def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]
     model, spec = report["model"], report["spec"]
     task, library = _KINDS[spec["model"]["modality"]]
     ids = [_hub_id(text) for text in texts.values()]
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type=_hub_id(texts["report"])
-            or ("text" if report["windows"] == "windows" else "image"),
-            dataset_name=short(texts["report"]),
-            metric_type=metric,
-            metric_value=float(f"{value:.6g}"),
-        )
-        for metric, estimate in report["best"]["metrics"].items()
-        if metric != "loss" and (value := estimate["mean"]) is not None
-    ]
     return ModelCardData(
         base_model=_hub_id(spec["model"]["source"]),
         license=model["licence"].lower() or None,
@@ -176,19 +200,35 @@ def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]
         pipeline_tag=task,
         tags=["sparse", "pruned", spec["prune"]["method"]],
         model_name=name,
-        eval_results=results,
+        eval_results=_results(report["best"]["metrics"], spec, report["windows"]),
     ).to_yaml()
 
 
-def _rows(report: Mapping[str, Any]) -> str:
-    shown = {n: m for n, m in report["best"]["metrics"].items() if n != "loss"}
+def _results(metrics: Mapping[str, Any], spec: Mapping[str, Any], windows: str) -> list[EvalResult]:
+    source = spec["data"]["report"] or spec["data"]["source"]
+    return [
+        EvalResult(
+            task_type=_KINDS[spec["model"]["modality"]][0],
+            dataset_type=_hub_id(source) or ("text" if windows == "windows" else "image"),
+            dataset_name=short(source),
+            metric_type=metric,
+            metric_value=float(f"{value:.6g}"),
+        )
+        for metric, estimate in metrics.items()
+        if metric != "loss" and (value := estimate["mean"]) is not None
+    ]
+
+
+def _rows(sides: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for each side; the metrics are those of the last."""
+    last = list(sides.values())[-1]
+    shown = {n: m for n, m in last["metrics"].items() if n != "loss"}
     names = [label(name, metric) for name, metric in shown.items()]
     rows = [["model", *names, "zeros"], ["---"] * (len(names) + 2)]
-    for side in ("dense", "uniform", "best"):
-        if report[side]:
-            values = [report[side]["metrics"].get(name) for name in shown]
-            cells = [plus_minus(v["mean"], v["stderr"]) if v else "" for v in values]
-            rows.append([side, *cells, f"{100 * report[side].get('sparsity', 0):.2f} %"])
+    for name, side in sides.items():
+        values = [side["metrics"].get(metric) for metric in shown]
+        cells = [plus_minus(v["mean"], v["stderr"]) if v else "" for v in values]
+        rows.append([name, *cells, f"{100 * side.get('sparsity', 0):.2f} %"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -202,10 +242,8 @@ def _recovered(report: Mapping[str, Any]) -> str:
     )
 
 
-def _windows(report: Mapping[str, Any]) -> str:
-    length = report["spec"]["evaluation"]["context"]
-    text = report["windows"] == "windows"
-    return f"windows of {length} tokens" if text else str(report["windows"])
+def _windows(windows: str, length: int) -> str:
+    return f"windows of {length} tokens" if windows == "windows" else windows
 
 
 def calibrated_on(spec: Mapping[str, Any], windows: str) -> str:

@@ -28,10 +28,12 @@ from infra.cluster.dispatch import BACKOFF_S, MAX_LOST, Job, Source, dispatch
 from infra.cluster.pool import Pool
 from infra.cluster.ray_machines import RayMachines
 from infra.cluster.resources import Share, capacity, check_address
+from infra.cluster.told import forget, told
 from infra.cluster.transfer import fetch
 from infra.cluster.worker import Kind, TrialFunction, describe_error, first_line
 from infra.devices import num_cores
 from infra.errors import UserError
+from infra.progress import Facts
 from infra.records import TrialResult, TrialSpec
 from infra.specs import ClusterSpec
 
@@ -73,6 +75,7 @@ def connect(spec: ClusterSpec) -> Iterator["Cluster"]:
             yield cluster
         finally:
             cluster.stop_workers()
+            forget()
     finally:
         ray.shutdown()
         if scratch:
@@ -200,6 +203,10 @@ class Cluster:
         if cpus < 1:
             raise UserError(f"recovery.workers={workers}: there are too few CPUs for so many")
         return train_together(function, spec, workers=workers, cpus=cpus, gpus=share.gpus)
+
+    def told(self) -> list[Facts]:
+        """The last that each trial of this driver told of how far it is; see infra/progress.py."""
+        return told()
 
     def fetch(
         self,

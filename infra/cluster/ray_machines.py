@@ -18,7 +18,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.cluster.machines import Outcome
 from infra.cluster.resources import Node, Share
+from infra.cluster.told import keep
 from infra.cluster.worker import TrialFunction, Worker, describe_error, first_line
+from infra.progress import listen
 from infra.provenance import compared_versions
 from infra.records import TrialSpec
 
@@ -28,6 +30,10 @@ PING_S = 5.0
 @ray.remote(max_restarts=0, max_task_retries=0)  # retries are ours: by cause, and counted
 class RayWorker(Worker):
     """A worker process on a node of the cluster."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        listen(keep)
 
     def node(self) -> tuple[str, str, dict[str, str]]:
         """Ray's id of the node, its host and versions; answered when the process has started."""

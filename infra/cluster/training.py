@@ -14,8 +14,10 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 
 from infra.cluster.dispatch import MAX_LOST
+from infra.cluster.told import keep
 from infra.cluster.worker import TrialFunction, Worker, first_line
 from infra.errors import UserError
+from infra.progress import listen
 from infra.records import TrialResult, TrialSpec
 
 
@@ -53,6 +55,7 @@ def _work(config: dict[str, Any]) -> TrialResult:
     from ray.train.torch import get_device
 
     worker = Worker(config["threads"])
+    listen(keep)
     spec: TrialSpec = config["spec"]
     if get_device().type == "cuda":
         import torch

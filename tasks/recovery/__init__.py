@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import UserError
+from infra.progress import tell
 from infra.records import MatrixRecord, RecoveryRecord, TrialSpec
 from infra.recovery_spec import RecoverySpec
 from modalities.base import Batch, LoadedModality, Measured, Modality
@@ -63,6 +64,20 @@ def recover(modality: LoadedModality, trial: TrialSpec, *, divisor: int = 1) -> 
         begun, losses, earlier_s = from_first(found, trained.tensors, optimizer)
         trained.settle()
         started = time.perf_counter()
+
+        def how_far(step: int) -> None:
+            if is_first():
+                tell(
+                    always=step in (begun, spec.steps),
+                    trial=trial.number,
+                    begun=begun,
+                    step=step,
+                    steps=spec.steps,
+                    loss=losses[-1] if losses else None,
+                    seconds=time.perf_counter() - started,
+                )
+
+        how_far(begun)
         for step in range(begun, spec.steps):
             batch = windows.pick(order[step * spec.batch : (step + 1) * spec.batch])
             losses.append(_step(modality, trained, batch, divisor))
@@ -80,6 +95,7 @@ def recover(modality: LoadedModality, trial: TrialSpec, *, divisor: int = 1) -> 
             if (step + 1) % spec.save_every == 0 and step + 1 < spec.steps and is_first():
                 seconds = earlier_s + time.perf_counter() - started
                 state.save(trained.tensors, optimizer, losses, seconds)
+            how_far(step + 1)
         seconds = earlier_s + time.perf_counter() - started
         num_trained = sum(tensor.numel() for tensor in trained.tensors)
         if spec.method == "full":

@@ -6,11 +6,13 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from flows import following
 from flows.live import Board, duration, live
 from infra.spec_files import parse_spec
 from infra.specs import Spec
@@ -55,6 +57,39 @@ def test_without_a_terminal_every_event_is_one_json_line() -> None:
         for event in events:
             view.event(event)
     assert [json.loads(line) for line in file.getvalue().splitlines()] == events
+
+
+def test_a_fine_tune_is_a_row_until_its_trial_ends_and_a_line_each_tenth(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(following, "LOOK_S", 0.001)
+    clock = [0.0]
+    board, screen = make_board(clock)
+    facts = {"trial": 7, "begun": 50, "step": 60, "steps": 200, "loss": 3.214, "seconds": 5.0}
+    event = {"kind": "recovery", **facts}
+    board.event(event | {"tenth": True})
+    row = "trial 7, step 60 of 200, loss 3.21, about 1 min 10 s left"
+    assert row in shown(board, screen)
+    board.event(trial(7, 0.0, 4.5) | {"stage": "final"})
+    board.event(event)  # it was asked before the trial ended
+    assert row not in shown(board, screen)
+    file, asked = io.StringIO(), threading.Event()
+    steps = iter([0, 1, 19, 20, 21, 200])
+
+    def ask() -> list[dict[str, Any]]:
+        if (step := next(steps, None)) is None:
+            asked.set()
+            return []
+        return [facts | {"step": step}]
+
+    with (
+        live(make_spec(), 1000, console=Console(file=file)) as view,
+        following.following(ask, lambda told: view.event({"kind": "recovery", **told})),
+    ):
+        assert asked.wait(10)
+    lines = [json.loads(line) for line in file.getvalue().splitlines()]
+    assert [line["step"] for line in lines] == [0, 20, 200]
+    assert lines[1] == event | {"step": 20}
 
 
 def test_json_is_given_on_a_terminal_when_asked_for() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from flows.plan import final_wave, token_passes
+from flows.status import print_status, status
 from infra.specs import Spec
 from tests.flows.commands import run, write_project
 from tests.flows.test_plan import at, make_spec
@@ -94,6 +96,9 @@ def test_the_report_shows_both_before_and_after(
     assert lines[-1]["recovery"]["conclusion"] == recovery["conclusion"]
     page = (folder / "run" / "report.html").read_text()
     assert recovery["conclusion"] in page and 'id="recovery"' in page
+    assert "best/ holds the\n    fine-tuned weights" in page
+    told = [line for line in lines if line["kind"] == "recovery"]
+    assert {line["trial"] for line in told} <= {0, 1} and all(line["steps"] == 12 for line in told)
 
 
 def test_the_checkpoint_is_the_fine_tuned_one(
@@ -115,7 +120,7 @@ def test_the_checkpoint_is_the_fine_tuned_one(
 
 
 def test_a_checkpoint_is_recovered_and_the_command_repeats_nothing(
-    searched: tuple[Path, list[dict[str, Any]]],
+    searched: tuple[Path, list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = searched
     best = folder / "run" / "best"
@@ -123,6 +128,18 @@ def test_a_checkpoint_is_recovered_and_the_command_repeats_nothing(
     done = run(*command, cache=folder / "cache")
     assert done.returncode == 0, done.stderr
     line, recovered = json.loads(done.stdout), folder / "run-recovered"
+    first, *more = done.stderr.splitlines()
+    assert first == f"fine-tuning {best} into {recovered}: 12 steps"
+    assert any(said.startswith("step ") and " of 12" in said for said in more)
+    found = status(recovered)
+    assert found["finished"] and found["recovery"] == line and "trials" not in found
+    print_status(found)
+    said = capsys.readouterr().out
+    assert said.splitlines()[1] == line["conclusion"] and "none yet" not in said
+    card = ModelCard((recovered / "best" / "README.md").read_text())
+    assert line["conclusion"] in card.text and 'recovery.method = "full"' in card.text
+    values = {r.metric_type: r.metric_value for r in card.data.get("eval_results")}
+    assert values["perplexity"] == pytest.approx(line["after"]["perplexity"]["mean"], rel=1e-5)
     assert line == json.loads((recovered / "recovery.json").read_text())
     assert line["after"]["loss"]["mean"] < line["before"]["loss"]["mean"]
     report = json.loads((folder / "run" / "report.json").read_text())
@@ -138,7 +155,8 @@ def test_a_checkpoint_is_recovered_and_the_command_repeats_nothing(
     assert json.loads(again.stdout)["after"] == line["after"]
     assert (recovered / "trials" / "00000.json").stat().st_mtime_ns == written
     shown = run("report", recovered, cache=folder / "cache")
-    assert "zeros stayed" in shown.stdout and "before" in shown.stdout
+    assert "zeros stayed" in shown.stdout and "nats/token" in shown.stdout
+    assert f"sparseramp report {recovered}" in shown.stdout
     other = run("recover", best, "recovery.steps=3", cache=folder / "cache")
     assert other.returncode == 2 and "recovery.steps (was 12, is 3)" in other.stderr
 

@@ -12,7 +12,7 @@ import pytest
 from flows.comparison import _recovered, _table
 from flows.figures import figures
 from flows.leaderboard import _csv, _words
-from flows.recovered import recovery_of
+from flows.recovered import conclusion, print_sides, recovery_of
 from flows.report import build_report, render
 from flows.summary import print_summary
 from infra.records import RecoveryRecord, TrialResult
@@ -57,6 +57,29 @@ def test_what_is_left_of_the_gain_is_paired() -> None:
     assert less["uniform"]["gained"]["mean"] == pytest.approx(1 + 5e-4, abs=1e-3)
     assert "is left" in report_of(1, 1)["recovery"]["conclusion"]
     assert "Uniform is then ahead" in report_of(3, 1)["recovery"]["conclusion"]
+
+
+def test_a_model_made_worse_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    said = report_of(-1, 1)["recovery"]["conclusion"]
+    first, second = said.split(" (best)")
+    assert "worse" not in first and "worse than before by" in second and "chance" not in second
+    sides = report_of(-1, -2)["recovery"]
+    said = conclusion(sides["best"])
+    assert "worse than before by 1.99" in said and said.endswith(
+        " nats/token; all 50 zeros stayed."
+    )
+    assert "zeros" not in conclusion(sides["best"] | {"zeros_after": 0})
+    unsure = sides["best"]["gained"] | {"mean": -0.1, "high": 0.1}
+    assert "which may be chance" in conclusion(sides["best"] | {"gained": unsure})
+    print_sides({"checkpoint": sides["best"]})
+    assert "nats/token" in capsys.readouterr().out
+
+
+def test_a_page_without_a_checkpoint_names_none() -> None:
+    report = report_of(1, 1)
+    assert report["recovery"]["saved"] == ("best/ holds the\n    fine" in render(report))
+    report["recovery"]["saved"] = not report["recovery"]["saved"]
+    assert report["recovery"]["saved"] == ("best/ holds the\n    fine" in render(report))
 
 
 def test_a_page_a_terminal_and_a_card_show_both(capsys: pytest.CaptureFixture[str]) -> None:

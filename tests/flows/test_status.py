@@ -3,16 +3,20 @@
 python -m pytest tests/flows/test_status.py
 """
 
+import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows import following
 from flows import study as flow
 from flows.cells import study_cells
 from flows.cli import _parser
 from flows.leaderboard import STUDY, unfit_cells, write_leaderboard
 from flows.status import print_status, status
+from infra.spec_files import load_spec
 from infra.specs import RunSpec
 from infra.store import RunStore
 from infra.study_files import load_study
@@ -57,6 +61,30 @@ def test_a_cell_that_never_began_is_told_from_one_that_the_budget_stopped(
     assert states_of(folder) == [*first, ("stopped", SPENT)]
     print_status(status(folder))
     assert "cells   1 refused, 2 stopped by the budget\n" in capsys.readouterr().out
+
+
+def test_of_a_fine_tune_it_says_the_step_and_the_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "LOOK_S", 0.01)
+    spec = load_spec(write_project(tmp_path), ["recovery.steps=200"])
+    seen = {"trial": 0, "begun": 50, "step": 60, "steps": 200, "loss": 3.214, "seconds": 5.0}
+
+    def said() -> str:
+        capsys.readouterr()
+        print_status(status(tmp_path / "run"))
+        return capsys.readouterr().out.splitlines()[1]
+
+    with RunStore.open(spec, "recover") as store:
+        assert said() == "no step of 200 yet"
+        with pytest.raises(KeyboardInterrupt), following.shown(store, lambda: [seen]):
+            while not store.path(following.FILE).exists():
+                time.sleep(0.01)
+            told = capsys.readouterr().err.splitlines()
+            assert re.fullmatch(r"(step 60.*, about 1 min 10 s left); told \d.\d s ago", said())
+            raise KeyboardInterrupt
+        assert told == ["goes on at step 50", "step 60 of 200, loss 3.21, about 1 min 10 s left"]
+    assert re.fullmatch(r"step 60 of 200, loss 3.21; told .* ago; the same command goes on", said())
 
 
 def test_what_a_spent_budget_left_as_an_earlier_start_had_it_is_no_failure(folder: Path) -> None:

@@ -55,7 +55,7 @@ def test_two_trials_at_once_on_two_nodes(cluster: Cluster, tmp_path: Path) -> No
     assert [result.state for result in results] == ["complete", "complete"]
     nodes = {node["node"] for node in cluster.describe()["nodes"]}
     assert {result.node for result in results} == nodes
-    assert len(nodes) == 2
+    assert len(nodes) == len(cluster.told()) == 2
 
 
 def test_each_node_loads_the_model_once(cluster: Cluster, tmp_path: Path) -> None:

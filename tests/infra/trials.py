@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from infra.errors import UserError
+from infra.progress import tell
 from infra.records import Cost, TrialResult, TrialSpec
 from infra.specs import CalibrationSpec, DataSpec, ModelSpec, PruneSpec
 
@@ -22,6 +23,7 @@ def act(spec: TrialSpec, *, batch_divisor: int = 1) -> TrialResult:
     match word:
         case "meet":  # until another trial stands here at the same time
             Path(argument, str(spec.number)).touch()
+            tell(always=True, trial=spec.number)
             deadline = time.monotonic() + 20
             while len(list(Path(argument).iterdir())) < 2:
                 assert time.monotonic() < deadline, "nobody came"

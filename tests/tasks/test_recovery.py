@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from infra import progress
 from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
 from infra.recovery_spec import RecoverySpec
@@ -140,12 +141,18 @@ def test_interrupted_ends_with_the_same_bits(
         trial.run_trial(spec)
     states = list((cache / "recovery").iterdir())
     assert len(states) == 1
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(progress, "SHORTEST_S", 0.0)
+    monkeypatch.setattr(progress, "_listeners", [told.append])
     trial._loaded.clear()  # as in another process
     taken.clear()
     resumed = trial.run_trial(spec.model_copy(update={"number": 3}))
     assert len(taken) == 3  # steps 4, 5 and 6
+    assert [facts["step"] for facts in told] == [4, 5, 6, 7]
+    assert {(f["trial"], f["begun"], f["steps"]) for f in told} == {(3, 4, 7)}
+    assert resumed.recovery and [f["loss"] for f in told] == resumed.recovery.losses[3:]
     assert resumed.recovered_losses == undisturbed.recovered_losses
-    assert resumed.recovery and undisturbed.recovery
+    assert undisturbed.recovery
     assert resumed.recovery.losses == undisturbed.recovery.losses
     first, second = saved(undisturbed), saved(resumed)
     assert all(torch.equal(first[name], second[name]) for name in first)
