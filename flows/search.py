@@ -189,7 +189,8 @@ class Run:
         if self._problem:
             raise UserError(self._problem)
         if self.store.path("best").is_dir():  # unless none was asked for
-            card = model_card(self.report).encode()
+            smaller = self.store.path("best/structure.json").is_file()
+            card = model_card(self.report, smaller=smaller).encode()
             write_atomic(self.store.path("best/README.md"), card)
         self.close()
         self.tell("finished", report=str(self.store.path("report.html")))

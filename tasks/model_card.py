@@ -42,11 +42,12 @@ model = load_smaller("path/to/this/folder")"""
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(@[\w./-]+)?(:[^:]+)?")
 
 
-def model_card(report: Mapping[str, Any]) -> str:
+def model_card(report: Mapping[str, Any], *, smaller: bool = False) -> str:
     """What was made, from what, how well it does, and how to make it again.
 
     `report` is what report.json holds; read are `spec`, `model`, `dense`, `uniform`, `best`,
-    `gain`, `protocol`, `command` and `version`.
+    `gain`, `protocol`, `command` and `version`. `smaller` says that its blocks lack channels or
+    heads, by this pruning or an earlier one.
     """
     spec, model, best = report["spec"], report["model"], report["best"]
     source, prune = spec["model"]["source"], spec["prune"]
@@ -62,7 +63,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     paper, length = report["protocol"] == "paper", spec["evaluation"]["context"]
     warning = "; **paper protocol: beta was selected on this split**" if paper else ""
     return f"""---
-{_front_matter(report, name, texts)}
+{_front_matter(report, name, texts, smaller)}
 ---
 
 # {name}
@@ -88,10 +89,10 @@ of {_public(texts["report"])}, calibrated
 - **Rates**: {_rates(best, prune)}
   `sparsity.json` lists every matrix.
 
-{_SMALLER if structured else _MASKED}
+{_how_stored(structured, smaller)}
 
 ```python
-{_LOADING_SMALLER if structured else _LOADING[spec["model"]["modality"]]}
+{_LOADING_SMALLER if smaller else _LOADING[spec["model"]["modality"]]}
 ```
 
 ## How to make it again
@@ -188,7 +189,15 @@ def settings(spec: Mapping[str, Any]) -> str:
     )
 
 
-def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]) -> str:
+def _how_stored(structured: bool, smaller: bool) -> str:
+    if not smaller:
+        return _MASKED
+    return _SMALLER if structured else f"{_SMALLER}\n\n{_MASKED}"
+
+
+def _front_matter(
+    report: Mapping[str, Any], name: str, texts: Mapping[str, str], smaller: bool
+) -> str:
     model, spec = report["model"], report["spec"]
     task, library = _KINDS[spec["model"]["modality"]]
     ids = [_hub_id(text) for text in texts.values()]
@@ -196,7 +205,7 @@ def _front_matter(report: Mapping[str, Any], name: str, texts: Mapping[str, str]
         base_model=_hub_id(spec["model"]["source"]),
         license=model["licence"].lower() or None,
         datasets=sorted({i for i in ids if i}) or None,
-        library_name=None if spec["prune"]["pattern"] == "structured" else library,
+        library_name=None if smaller else library,
         pipeline_tag=task,
         tags=["sparse", "pruned", spec["prune"]["method"]],
         model_name=name,

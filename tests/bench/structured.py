@@ -48,9 +48,12 @@ def main() -> None:
         pair = lines.compare(uniform, options.tilts)
         print(f"{sparsity:.0%} to remove; scouts by tilt, nats/token:")
         print("  ", "  ".join(f"{r.tilt:.2f} {r.loss:.4f}" for r in pair.scouts))
+        speeds: dict[float, dict[str, Any]] = {}
         for side, result in (("uniform", pair.uniform), ("best", pair.best)):
-            scout = lines.trial(result.spec.prune, checkpoint=True)
-            speed = speed_of(run_trial(scout).checkpoint, lines.spec.model, options.runs)
+            if result.beta not in speeds:
+                scout = run_trial(lines.trial(result.spec.prune, checkpoint=True))
+                speeds[result.beta] = speed_of(scout.checkpoint, lines.spec.model, options.runs)
+            speed = speeds[result.beta]
             row = {"asked": sparsity, "side": side, "tilt": result.tilt, **facts(result), **speed}
             rows.append(row)
             print(

@@ -98,11 +98,15 @@ def test_what_is_not_on_the_hub_is_not_claimed_to_be(source: str) -> None:
 def test_a_smaller_model_is_loaded_by_what_can() -> None:
     report = make_report()
     report["spec"]["prune"] |= {"method": "sparsegpt", "pattern": "structured"}
-    text = model_card(report)
+    text = model_card(report, smaller=True)
     assert "60 % of its blocks removed" in text and "are gone, with whole channels" in text
     assert "load_smaller" in text and "AutoModel" not in text and "masked" not in text
     packed = packed_card(text)
     assert "load_packed" in packed and "load_smaller" not in packed
+    report["spec"]["prune"] |= {"pattern": "unstructured"}  # of a model that was smaller already
+    text = model_card(report, smaller=True)
+    assert "load_smaller" in text and "AutoModel" not in text and "library_name" not in text
+    assert "60 % sparse" in text and "masked" in text and "masked" not in packed_card(text)
 
 
 def test_the_card_of_packed_codes_says_so() -> None:
