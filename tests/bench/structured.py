@@ -18,7 +18,7 @@ import torch
 from flows.speed import timings, title
 from infra.environment import reuse_freed_memory
 from infra.specs import ModelSpec, PruneSpec, SpeedSpec
-from tasks.speed import SMALLER, measure_speed
+from tasks.speed import SMALLER, WITH_ZEROS, measure_speed
 from tasks.statistics import plus_minus
 from tasks.trial import run_trial
 from tests.bench.kept import Kept
@@ -78,7 +78,7 @@ def speed_of(checkpoint: str, model: ModelSpec, runs: int) -> dict[str, Any]:
     for case in record.cases:
         found = next(t for t in timings(case, record.engines) if t.engine == SMALLER)
         times[title(case)] = [found.ratio_low, found.ratio, found.ratio_high]
-    return {"times": times, "bytes": held[SMALLER] / held["dense"]}
+    return {"times": times, "bytes": held[SMALLER] / held[WITH_ZEROS]}
 
 
 if __name__ == "__main__":
