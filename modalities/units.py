@@ -97,9 +97,7 @@ class Units:
         module = block.get_submodule(self.holder)
         heads = self.count < consumer.weight().shape[1]
         stated = {name: getattr(module, name, None) for name in get_args(Attribute)}
-        same = {"num_key_value_heads", "num_kv_heads"}
-        if not self.shares_key:
-            same = {"num_key_value_groups"}
+        same = {"num_key_value_heads", "num_kv_heads"} if self.shares_key else {_GROUPS}
         attributes = {
             name: value * len(kept) // self.count
             for name, value in stated.items()
@@ -131,10 +129,10 @@ def find_units(blocks: Sequence[Block], forward: Callable[[], Any]) -> list[list
             output = original(*args, **kwargs)
             units = []
             for each, reason in _units(block, lambda module: module(*args, **kwargs), original):
-                if not reason:
-                    units.append(each)
-                else:
+                if reason:
                     failed[type(block.module), each.consumer.name] = reason
+                else:
+                    units.append(each)
             found[_kind(block)] = [
                 (u.consumer.name, u.count, [(p.matrix.name, p.segments) for p in u.producers])
                 for u in units
@@ -312,10 +310,10 @@ def _failure(
     smaller.__dict__.pop("forward", None)  # what watches the original is not for the copy
     smaller._forward_hooks.clear()
     smaller._forward_pre_hooks.clear()
-    shrink(smaller, [units.removed(gone)])
     close = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 5e-2
     reason = ""
     try:
+        shrink(smaller, [units.removed(gone)])
         found = _tensor(call(smaller))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         reason = str(error).splitlines()[0]
