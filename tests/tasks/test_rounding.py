@@ -263,7 +263,7 @@ def test_rows_that_are_no_whole_groups_are_not_exported(tmp_path: Path, data: Da
     [
         ({"method": "gptq"}, "needs prune.bits from 2.25 to 8, not 0"),
         ({"method": "rtn", "bits": 9}, "needs prune.bits from 2.25 to 8, not 9"),
-        ({"method": "gptq", "bits": 4, "sparsity": 0.5}, "leave prune.sparsity out, or use"),
+        ({"method": "gptq", "bits": 4, "sparsity": 0.5}, "leave prune.sparsity out or set it to 0"),
         ({"method": "gptq", "bits": 4, "pattern": "2:4"}, "removes nothing: leave prune.pattern"),
     ],
 )
