@@ -21,6 +21,6 @@ def size_in_words(result: TrialResult, model: ModelRecord) -> str:
         dense = full * sum(matrix.params for matrix in result.matrices)
         return (
             f"Packed, the weights of blocks take {bits / 8e6:,.1f} MB instead of "
-            f"{dense / 8e6:,.1f}; best/ holds them in full size until sparseramp pack is run."
+            f"{dense / 8e6:,.1f}; a checkpoint has them in full size until sparseramp pack is run."
         )
     return ""
