@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from infra import environment
+from infra.cache import cache_dir
 from infra.devices import describe_devices
 from infra.errors import UserError
 from infra.provenance import provenance
-from infra.sources import cache_dir
 from infra.specs import ClusterSpec
 
 COMPILERS = ("c++", "g++", "clang++")

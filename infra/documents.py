@@ -18,8 +18,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from infra.cache import cache_dir
 from infra.errors import UserError
-from infra.sources import cache_dir, fetch
+from infra.sources import fetch
 from infra.specs import DataSpec, Modality
 
 T = TypeVar("T")

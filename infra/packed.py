@@ -30,16 +30,18 @@ import shutil
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
+from infra.cache import made_once
 from infra.errors import UserError
 from infra.frozen import Frozen
 from infra.packed_codes import Count, PackedCodes
-from infra.sources import cache_dir, made_once, sha256_of
+from infra.sources import sha256_of
 
 MANIFEST = "packed.json"
 WEIGHTS = "packed.safetensors"
@@ -174,9 +176,9 @@ def unpack(folder: Path, destination: Path) -> None:
 
 
 def unpacked(folder: Path) -> Path:
-    """The checkpoint that was packed, unpacked once per node into `cache_dir()`."""
+    """The checkpoint that was packed, unpacked once per node."""
     key = sha256_of(folder / MANIFEST)[:24]
-    return made_once(folder, cache_dir() / "unpacked" / key, unpack)
+    return made_once(folder, f"unpacked-{key}", partial(unpack, folder))
 
 
 def header_of(tensors: dict[str, PackedTensor], where: Path) -> dict[str, Any]:

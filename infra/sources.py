@@ -23,7 +23,6 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -32,6 +31,7 @@ from zipfile import ZipFile
 
 from filelock import FileLock
 
+from infra.cache import cache_dir
 from infra.errors import UserError
 from infra.hub import Kind, Listing, from_hub, listing_of
 from infra.npm import from_npm
@@ -104,26 +104,6 @@ def _is_here(source: str) -> bool:
         return Path(source).expanduser().exists()
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise UserError(f"{source}: {error.strerror}") from error
-
-
-def cache_dir() -> Path:
-    """Where downloads are kept: $SPARSERAMP_CACHE, else ~/.cache/sparseramp."""
-    return Path(os.environ.get("SPARSERAMP_CACHE") or "~/.cache/sparseramp").expanduser()
-
-
-def made_once(folder: Path, kept: Path, make: Callable[[Path, Path], None]) -> Path:
-    """`kept`, which `make(folder, kept)` fills unless an earlier process has.
-
-    Raises UserError where it cannot be written.
-    """
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{kept}.lock"):
-            if not kept.is_dir():
-                make(folder, kept)
-    except OSError as error:
-        raise UserError(f"cannot open {folder} in {kept.parent}: {error.strerror}") from error
-    return kept
 
 
 def sha256_of(path: Path) -> str:

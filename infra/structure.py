@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,10 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from infra.cache import made_once
 from infra.errors import UserError
 from infra.frozen import Frozen
 from infra.packed import complete_folder
-from infra.sources import cache_dir, made_once, sha256_of
+from infra.sources import sha256_of
 
 STRUCTURE = "structure.json"
 _LONGEST, _MOST = 1 << 20, 1 << 31  # rows, and weights, of a matrix that is filled up with zeros
@@ -193,8 +195,8 @@ def _cuts(structure: Structure) -> dict[str, list[tuple[Cut, Removed]]]:
 
 
 def expanded(folder: Path) -> Path:
-    """The checkpoint with zeros where units were removed, made once per node in `cache_dir()`."""
+    """The checkpoint with zeros where units were removed, made once per node."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
     stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(json.dumps([sha256_of(folder / STRUCTURE), stamps]).encode()).hexdigest()
-    return made_once(folder, cache_dir() / "expanded" / key[:24], expand)
+    return made_once(folder, f"expanded-{key[:24]}", partial(expand, folder))

@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import filelock
-from safetensors import SafetensorError
-
-from infra.errors import UserError
-from infra.sources import cache_dir
+from infra.cache import made_once
 
 WEIGHTS = "weights.safetensors"
-_DONE = "source.json"
+_FACTS = "source.json"
 
 
 def convert_once(
@@ -32,29 +26,20 @@ def convert_once(
 
     Raises UserError where it cannot be written.
     """
+
+    def made(folder: Path) -> None:
+        folder.mkdir()
+        make(folder)
+        facts = {"source": source, "licence": licence}
+        (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    folder = cache_dir() / "converted" / name
-    making = folder.with_suffix(f".{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{folder}.lock"):
-            if not (folder / _DONE).is_file():
-                making.mkdir(exist_ok=True)
-                make(making)
-                facts = {"source": source, "licence": licence}
-                (making / _DONE).write_text(json.dumps(facts))
-                making.rename(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot keep {source} in {cache_dir()}: {reason}") from error
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-    return folder
+    return made_once(source, f"converted-{name}", made)
 
 
 def licence_of(converted: Path) -> str:
     """What `convert_once` was told."""
-    return str(json.loads((converted / _DONE).read_text())["licence"])
+    return str(json.loads((converted / _FACTS).read_text())["licence"])
 
 
 def stated_licence(checkpoint: Path) -> str:

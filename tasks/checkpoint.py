@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from infra.cache import cache_dir, remove_forgotten
 from infra.errors import UserError
 from infra.records import RecoveryRecord, TrialSpec
-from infra.sources import cache_dir, sha256_of
+from infra.sources import sha256_of
 
 if TYPE_CHECKING:
     from modalities.base import Batch, LoadedModality
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 SPARSITY_FILE = "sparsity.json"
 GRIDS_FILE = "grids.safetensors"
-FORGOTTEN_S = 24 * 3600  # a driver that lives fetches a checkpoint long before
 
 
 def save_checkpoint(
@@ -50,7 +49,7 @@ def save_checkpoint(
     """
     folder = cache_dir() / "outbox" / uuid.uuid4().hex
     try:
-        _remove_forgotten(folder.parent)
+        remove_forgotten(folder.parent)  # checkpoints whose drivers were killed
         folder.mkdir(parents=True)
         modality.save(folder)
         _save_grids(modality, folder, outcome)
@@ -132,13 +131,6 @@ def _recovered(spec: TrialSpec, recovery: RecoveryRecord | None) -> dict[str, An
     pruned = json.loads(facts.read_text(encoding="utf-8"))
     kept = set(pruned) - {"version", "modality", "towers", "dtype", "evaluation", "sha256"}
     return {key: pruned[key] for key in kept} | {"recovery": how}
-
-
-def _remove_forgotten(outbox: Path) -> None:
-    """Checkpoints that nobody fetched: their drivers were killed before they knew of them."""
-    for folder in outbox.glob("*"):
-        if folder.stat().st_mtime < time.time() - FORGOTTEN_S:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _save_grids(modality: LoadedModality, folder: Path, outcome: Outcome) -> None:

@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import json
 import os
-import time
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from infra.cache import cache_dir, remove_forgotten
 from infra.errors import UserError
-from infra.sources import cache_dir
-from tasks.checkpoint import FORGOTTEN_S
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Begun = tuple[int, list[float], float]  # steps done, the loss of each, seconds
@@ -70,7 +67,7 @@ class State:
         temporary = self.path.with_name(f".{uuid.uuid4().hex}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_forgotten()
+            remove_forgotten(self.path.parent)
             save_file(found, temporary, metadata={"facts": facts})
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -83,15 +80,3 @@ class State:
     def remove(self) -> None:
         """After success."""
         self.path.unlink(missing_ok=True)
-
-    def _remove_forgotten(self) -> None:
-        for file in self.path.parent.iterdir():
-            if _age_s(file) > FORGOTTEN_S:
-                file.unlink(missing_ok=True)
-
-
-def _age_s(file: Path) -> float:
-    try:
-        return time.time() - file.stat().st_mtime
-    except FileNotFoundError:  # its own fine-tune has ended
-        return 0.0

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from flows.plan import next_wave, search_trial
+from infra.cache import cache_dir
 from infra.documents import documents
 from infra.environment import reuse_freed_memory
 from infra.records import TrialResult, TrialSpec
-from infra.sources import cache_dir, fetch
+from infra.sources import fetch
 from infra.spec_files import load_spec
 from infra.specs import DataSpec, Spec
 from tasks.allocation import beta_bounds

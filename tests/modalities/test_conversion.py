@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_nothing_half_made(copy: Copy, cache: Path) -> None:
     with largest_file(50_000):
         text = refused(folder)
     assert text.startswith(f"cannot keep {folder} in {cache}: ")
-    assert [path for path in (cache / "converted").iterdir() if path.is_dir()] == []
+    assert [path for path in (cache / "copies").iterdir() if path.is_dir()] == []
     assert load(folder).record("").architecture == "LlamaForCausalLM"
 
 

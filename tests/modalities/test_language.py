@@ -74,7 +74,7 @@ def test_conversion_happens_once_per_checkpoint_and_dtype(copy: Copy, cache: Pat
     changed = load(folder)
     assert changed.weights.path != first
     assert torch.equal(changed.model.lm_head.weight, other.lm_head.weight)
-    left = {path.name for path in (cache / "converted").iterdir() if path.is_dir()}
+    left = {path.name for path in (cache / "copies").iterdir() if path.is_dir()}
     assert len(left) == 3
     assert not any("." in name for name in left)  # nothing half made
 

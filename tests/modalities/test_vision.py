@@ -234,7 +234,7 @@ def test_a_second_load_maps_what_the_first_converted(
     checkpoints: Callable[[str], Path], cache: Path
 ) -> None:
     load_vision(checkpoints("vit"))
-    (folder,) = [path for path in (cache / "converted").iterdir() if path.is_dir()]
+    (folder,) = [path for path in (cache / "copies").iterdir() if path.is_dir()]
     before = (folder / "weights.safetensors").stat().st_mtime_ns
     load_vision(checkpoints("vit"))
     assert (folder / "weights.safetensors").stat().st_mtime_ns == before
