@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shutil
 import time
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
@@ -86,7 +87,8 @@ def _trial(spec: TrialSpec, barrier: Barrier) -> None:
     sum(float(parameter.sum()) for parameter in modality.model.parameters())
     barrier.wait()
     barrier.wait()
-    run_trial(spec)
+    if kept := run_trial(spec).checkpoint:
+        shutil.rmtree(kept)
 
 
 def _pss(processes: list[BaseProcess]) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def main() -> None:
         result = run_trial(lines.trial(prune, final=True, checkpoint=True))
         with tempfile.TemporaryDirectory() as folder:
             packed = pack(Path(result.checkpoint), Path(folder) / "packed")
+        shutil.rmtree(result.checkpoint)
         sizes.append({"goal": prune.goal, **facts(result), **vars(packed)})
         print(
             f"{prune.goal:<24} {sizes[-1]['perplexity']:>11.2f}  {packed.packed_bytes:>15,}  "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def main() -> None:
             if result.beta not in speeds:
                 scout = run_trial(lines.trial(result.spec.prune, checkpoint=True))
                 speeds[result.beta] = speed_of(scout.checkpoint, lines.spec.model, options.runs)
+                shutil.rmtree(scout.checkpoint)
             speed = speeds[result.beta]
             row = {"asked": sparsity, "side": side, "tilt": result.tilt, **facts(result), **speed}
             rows.append(row)
