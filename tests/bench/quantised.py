@@ -33,11 +33,16 @@ def main() -> None:
     parser.add_argument("--tilts", type=float, nargs="+", default=[-0.2, 0.2, 0.4, 0.6])
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--kept", type=Path, default=Path("runs/bench-quantised.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     lines = Lines(
-        Kept(options.kept), options.spec, samples=options.samples, windows=options.windows
+        Kept(options.kept),
+        options.spec,
+        samples=options.samples,
+        windows=options.windows,
+        seeds=options.seeds,
     )
     rows, dense = [], None
     print("method  bits  side      beta      perplexity  loss    bits realised   gain, nats/token")
@@ -45,18 +50,18 @@ def main() -> None:
         for method in options.methods:
             uniform = PruneSpec(method=method, bits=bits)
             pair = lines.compare(uniform, options.tilts)
-            dense, gain = pair.uniform.dense_losses, pair.gain
-            for side, result in (("uniform", pair.uniform), ("best", pair.best)):
+            dense, gain = pair.uniform[0].dense_losses, pair.gain
+            for side, results in (("uniform", pair.uniform), ("best", pair.best)):
                 row = {
-                    **facts(result),
+                    **facts(results),
                     "scouts": [[r.beta, r.loss] for r in pair.scouts],
                     "gain": [gain.mean, gain.stderr] if side == "best" else None,
                 }
                 rows.append({"method": method, "asked": bits, "side": side, **row})
                 words = f"{gain.mean:.4f} +- {gain.stderr:.4f}" if row["gain"] else ""
                 print(
-                    f"{method:<7} {bits:<5g} {side:<8} {result.beta:>8.5f} "
-                    f"{row['perplexity']:>13.2f}  {result.loss:.4f}  {row['bits']:.4f}  {words}",
+                    f"{method:<7} {bits:<5g} {side:<8} {row['beta']:>8.5f} "
+                    f"{row['perplexity']:>13.2f}  {row['loss']:.4f}  {row['bits']:.4f}  {words}",
                     flush=True,
                 )
     sizes = []
@@ -70,14 +75,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             packed = pack(Path(result.checkpoint), Path(folder) / "packed")
         shutil.rmtree(result.checkpoint)
-        sizes.append({"goal": prune.goal, **facts(result), **vars(packed)})
+        sizes.append({"goal": prune.goal, **facts([result]), **vars(packed)})
         print(
             f"{prune.goal:<24} {sizes[-1]['perplexity']:>11.2f}  {packed.packed_bytes:>15,}  "
             f"{packed.dense_bytes:>14,}  {packed.file_bytes:>11,}",
             flush=True,
         )
     answer = {"bench": "quantised", "rows": rows, "sizes": sizes, "dense": dense}
-    answer |= {"samples": options.samples, "windows": options.windows}
+    answer |= {"samples": options.samples, "windows": options.windows, "seeds": options.seeds}
     if options.json:
         print(json.dumps(answer))
 

@@ -35,13 +35,18 @@ def main() -> None:
     parser.add_argument("--tilts", type=float, nargs="+", default=[-0.2, -0.1, 0.1, 0.2, 0.4])
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--kept", type=Path, default=Path("runs/bench-structured.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     reuse_freed_memory()  # as a worker does
     lines = Lines(
-        Kept(options.kept), options.spec, samples=options.samples, windows=options.windows
+        Kept(options.kept),
+        options.spec,
+        samples=options.samples,
+        windows=options.windows,
+        seeds=options.seeds,
     )
     rows = []
     for sparsity in options.sparsities:
@@ -50,16 +55,16 @@ def main() -> None:
         print(f"{sparsity:.0%} to remove; scouts by tilt, nats/token:")
         print("  ", "  ".join(f"{r.tilt:.2f} {r.loss:.4f}" for r in pair.scouts))
         speeds: dict[float, dict[str, Any]] = {}
-        for side, result in (("uniform", pair.uniform), ("best", pair.best)):
-            if result.beta not in speeds:
-                scout = run_trial(lines.trial(result.spec.prune, checkpoint=True))
-                speeds[result.beta] = speed_of(scout.checkpoint, lines.spec.model, options.runs)
+        for side, results in (("uniform", pair.uniform), ("best", pair.best)):
+            row = {"asked": sparsity, "side": side, **facts(results)}
+            if row["beta"] not in speeds:
+                scout = run_trial(lines.trial(results[0].spec.prune, checkpoint=True))
+                speeds[row["beta"]] = speed_of(scout.checkpoint, lines.spec.model, options.runs)
                 shutil.rmtree(scout.checkpoint)
-            speed = speeds[result.beta]
-            row = {"asked": sparsity, "side": side, "tilt": result.tilt, **facts(result), **speed}
-            rows.append(row)
+            speed = speeds[row["beta"]]
+            rows.append(row | speed)
             print(
-                f"{side:<8} beta {result.beta:.5f}  perplexity {row['perplexity']:.2f}  "
+                f"{side:<8} beta {row['beta']:.5f}  perplexity {row['perplexity']:.2f}  "
                 f"{row['zeros']:.3%} removed  {speed['bytes']:.3f} of the bytes"
             )
             print("  ", "  ".join(f"{name} {x[1]:.2f}x" for name, x in speed["times"].items()))
@@ -67,7 +72,8 @@ def main() -> None:
         rows[-1]["scouts"] = [[result.tilt, result.loss] for result in pair.scouts]
         print(f"gain {plus_minus(pair.gain.mean, pair.gain.stderr)} nats/token", flush=True)
     if options.json:
-        sizes = {"samples": options.samples, "windows": options.windows, "runs": options.runs}
+        sizes = {"samples": options.samples, "windows": options.windows}
+        sizes |= {"seeds": options.seeds, "runs": options.runs}
         print(json.dumps({"bench": "structured", "rows": rows, **sizes}))
 
 
