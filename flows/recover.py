@@ -21,7 +21,7 @@ from flows.pins import pin_recovery
 from flows.recovered import FILE, conclusion, print_recovery, side_of
 from flows.stop import cause_of, stoppable
 from infra import tracking
-from infra.cluster import Cluster, connect, damaged
+from infra.cluster import Cluster, LostCheckpointError, connect, damaged
 from infra.errors import UserError
 from infra.records import TrialResult, TrialSpec
 from infra.sources import pinned
@@ -31,6 +31,7 @@ from tasks.model_card import recovered_card
 from tasks.trial import refuse_unrecoverable, run_trial
 
 STEPS = 200  # where the command does not say
+_AGAIN = "the same command goes on"
 
 
 def recover(checkpoint: Path, overrides: list[str], *, as_json: bool = False) -> dict[str, Any]:
@@ -51,13 +52,14 @@ def recover(checkpoint: Path, overrides: list[str], *, as_json: bool = False) ->
         if not store.waves():
             store.write_wave(0, [trial])
         result = store.results().get(0)
-        if result is None or result.state == "failed" or not _there(store, result):
+        if result is None or result.state == "failed" or not _fetched(cluster, store, result):
             result = _run(cluster, store, trial)
             store.write_result(result)
             if result.state == "failed":
                 store.event("stopped", cause="UserError", reason=result.cause)
                 raise UserError(result.cause)
-            cluster.fetch(result, store.path("best"))
+            if not _fetched(cluster, store, result):
+                raise UserError(f"the checkpoint was lost on {result.host}: {_AGAIN}")
         answer: dict[str, Any] = {
             "kind": "recovery",
             "checkpoint": str(checkpoint),
@@ -70,7 +72,8 @@ def recover(checkpoint: Path, overrides: list[str], *, as_json: bool = False) ->
         answer["conclusion"] = conclusion(answer)
         data = json.dumps(answer, indent=1, allow_nan=False).encode()
         write_atomic(store.path(FILE), data)
-        card = recovered_card(_card_of(checkpoint), spec.model_dump(), answer)
+        smaller = store.path("best/structure.json").is_file()
+        card = recovered_card(_card_of(checkpoint), spec.model_dump(), answer, smaller=smaller)
         write_atomic(store.path("best/README.md"), card.encode())
         store.event("finished")
     if as_json:
@@ -136,9 +139,21 @@ def _card_of(checkpoint: Path) -> str:
     return card.read_text(encoding="utf-8") if ours else ""
 
 
-def _there(store: RunStore, result: TrialResult) -> bool:
-    """Whether the checkpoint is in the run as it was saved."""
-    return store.path("best").is_dir() and not damaged(result, store.path("best"))
+def _fetched(cluster: Cluster, store: RunStore, result: TrialResult) -> bool:
+    """Whether the checkpoint is in the run as it was saved, or could be brought there.
+
+    Raises UserError where it cannot be written.
+    """
+    best = store.path("best")
+    if best.is_dir() and not damaged(result, best):
+        return True
+    try:
+        cluster.fetch(result, best)
+    except LostCheckpointError:
+        return False
+    except OSError as error:
+        raise UserError(f"cannot write {best}: {error.strerror}: {_AGAIN}") from error
+    return True
 
 
 def _sparsity(result: TrialResult) -> float:

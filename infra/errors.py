@@ -14,6 +14,12 @@ class UserError(Exception):
     """What is wrong, where, and what to do about it, on one line."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; the name of its type where it says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
+
+
 def one_line(error: UserError, longest: int = 800) -> str:
     """The message for a terminal, whatever the names in it hold: printable, and cut in its middle.
 

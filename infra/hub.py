@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from infra.errors import UserError
+from infra.errors import UserError, first_line
 
 Kind = Literal["model", "tokenizer", "dataset"]
 
@@ -151,6 +151,6 @@ def _saying(repository: str, revision: str | None, repo_type: str) -> Iterator[N
             "cannot be reached"
         ) from error
     except (HfHubHTTPError, httpx2.HTTPError) as error:
-        raise UserError(f"{name}: the hub failed: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name}: the hub failed: {first_line(error)}") from error
     except OSError as error:
         raise UserError(f"{name}: cannot write the hub's cache: {error.strerror}") from error

@@ -158,21 +158,24 @@ class PackedCheckpoint:
 
 
 def unpack(folder: Path, destination: Path) -> None:
-    """Write the checkpoint that was packed, its weights in one file.
+    """Write the checkpoint that was packed into a new folder, its weights in one file.
 
-    Raises UserError as `PackedCheckpoint` does, or where the destination exists.
+    Raises UserError as `PackedCheckpoint` does.
     """
     packed = PackedCheckpoint(folder)
     dense = {
         name: tensor.model_copy(update={"num_nonzeros": None, "codes": None})
         for name, tensor in packed.manifest.tensors.items()
     }
-    with complete_folder(destination) as made:
-        parts = ((name, data) for name, _, data in packed.tensors())
-        write_safetensors(made / DENSE, header_of(dense, folder / MANIFEST), parts)
-        cards = [file.name for file in folder.glob("*.md")]
-        for name in {*packed.manifest.sha256, *cards} - {WEIGHTS}:
-            copy_file(folder, made, name)
+    destination.mkdir()
+    parts = ((name, data) for name, _, data in packed.tensors())
+    write_safetensors(destination / DENSE, header_of(dense, folder / MANIFEST), parts)
+    cards = [file.name for file in folder.glob("*.md")]
+    for name in {*packed.manifest.sha256, *cards} - {WEIGHTS}:
+        copy_file(folder, destination, name)
+    written = (folder / MANIFEST).stat().st_mtime
+    for file in destination.rglob("*"):  # what is made from it knows it by its times
+        os.utime(file, (written, written))
 
 
 def unpacked(folder: Path) -> Path:

@@ -26,9 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infra.cache import made_once
-from infra.errors import UserError
+from infra.errors import UserError, first_line
 from infra.frozen import Frozen
-from infra.packed import complete_folder
 from infra.sources import sha256_of
 
 STRUCTURE = "structure.json"
@@ -138,8 +137,9 @@ def read_structure(folder: Path) -> Structure:
     try:
         return Structure.model_validate_json(path.read_bytes())
     except (OSError, ValidationError, RecursionError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{path} cannot be read: {reason}: fetch the checkpoint again") from None
+        raise UserError(
+            f"{path} cannot be read: {first_line(error)}: fetch the checkpoint again"
+        ) from None
 
 
 def copy_structure(folder: Path, destination: Path) -> None:
@@ -149,22 +149,23 @@ def copy_structure(folder: Path, destination: Path) -> None:
 
 
 def expand(folder: Path, destination: Path) -> None:
-    """Write the checkpoint with zeros where units were removed; any library loads that.
+    """Write the checkpoint with zeros where units were removed, which any library loads.
 
-    Raises UserError where a file is damaged or does not fit its structure.json.
+    The destination does not exist. Raises UserError where a file is damaged or does not fit its
+    structure.json.
     """
     cuts = _cuts(read_structure(folder))
-    with complete_folder(destination) as made:
-        for file in sorted(folder.iterdir()):
-            if file.suffix == ".safetensors":
-                try:
-                    tensors = load_file(file)
-                except (OSError, SafetensorError) as error:
-                    raise UserError(f"cannot read {file}: {error}: fetch it again") from None
-                whole = {name: _whole(t, cuts.get(name, [])) for name, t in tensors.items()}
-                save_file(whole, made / file.name, metadata={"format": "pt"})
-            elif file.name != STRUCTURE and file.is_file():
-                shutil.copyfile(file, made / file.name)
+    destination.mkdir()
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".safetensors":
+            try:
+                tensors = load_file(file)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"cannot read {file}: {error}: fetch it again") from None
+            whole = {name: _whole(t, cuts.get(name, [])) for name, t in tensors.items()}
+            save_file(whole, destination / file.name, metadata={"format": "pt"})
+        elif file.name != STRUCTURE and file.is_file():
+            shutil.copyfile(file, destination / file.name)
 
 
 def _whole(tensor: Tensor, cuts: Sequence[tuple[Cut, Removed]]) -> Tensor:

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.errors import UserError
+from infra.errors import UserError, first_line
 from infra.records import TrialResult
 from infra.specs import TrackingSpec
 from infra.store import RunStore, write_atomic
@@ -290,7 +290,7 @@ def _follow(store: RunStore, until_pid: int, give_up_s: float = GIVE_UP_S) -> bo
         except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError, UserError) as error:
             mirror = None  # what the server has is asked anew
             failing_since = failing_since or time.monotonic()
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            reason = f"{type(error).__name__}: {first_line(error)[:300]}"
             if reason != said:
                 print(f"{datetime.now().isoformat(timespec='seconds')} {reason}", flush=True)
                 said = reason

@@ -48,8 +48,3 @@ def stated_licence(checkpoint: Path) -> str:
     lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
     stated = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
     return stated[0] if stated else ""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from infra.checkpoints import CheckpointLayout, inspect_checkpoint
 from infra.documents import documents, whole_text
-from infra.errors import UserError
+from infra.errors import UserError, first_line
 from infra.records import Split
 from infra.recovery_spec import RecoverySpec
 from infra.sources import fetch
@@ -32,7 +32,6 @@ from modalities.blocks import Block, find_blocks
 from modalities.converted import (
     WEIGHTS,
     convert_once,
-    first_line,
     licence_of,
     stated_licence,
 )

@@ -19,7 +19,8 @@ from infra.packed import DENSE
 from infra.structure import STRUCTURE, Structure, is_structured, read_structure, shrink_model
 from infra.weights import MappedWeights, save_mapped
 
-_UNLOADABLE = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
+# What libraries raise on files that anybody may have written.
+UNLOADABLE = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
 
 
 def load_smaller(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
@@ -43,7 +44,7 @@ def load_smaller(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
         model: Any = _of_timm(folder) if is_timm else _of_transformers(folder, trust_remote_code)
         shrink_model(model, structure)
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    except _UNLOADABLE as error:
+    except UNLOADABLE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise UserError(f"{folder} does not fit its {STRUCTURE}: {reason}") from error
     if not is_timm:  # a tied head has no weights of its own

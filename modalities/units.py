@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from infra.errors import UserError
+from infra.errors import UserError, first_line
 from infra.structure import Attribute, Cut, Removed, shrink
 from modalities.ablation import forward_of, without
 from modalities.blocks import Block
@@ -272,9 +272,17 @@ def _refuse_uncovered(
     covered: set[tuple[type, str]] = set()
     for block, kinds in zip(blocks, units, strict=True):
         kind = type(block.module)
+        once: set[str] = set()
         for each in kinds:
+            names = {matrix.name for matrix in each.matrices}
+            if twice := sorted(once & names):
+                raise UserError(
+                    f"prune.pattern=structured: {block.name}.{twice[0]} gives the units of one "
+                    "product and takes those of another: use prune.pattern=unstructured"
+                )
+            once |= names
             proven.add((kind, each.consumer.name))
-            covered |= {(kind, matrix.name) for matrix in each.matrices}
+            covered |= {(kind, name) for name in names}
             if each.shares_key:
                 beside = [m.name for m in block.matrices if m.name.startswith(f"{each.holder}.")]
                 covered |= {(kind, name) for name in beside}
@@ -316,7 +324,7 @@ def _failure(
         shrink(smaller, [units.removed(gone)])
         found = _tensor(call(smaller))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
     else:
         if float((found - wanted).abs().max()) > close * float(wanted.abs().max()):
             reason = "it computes something else"

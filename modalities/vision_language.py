@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from infra.checkpoints import CheckpointLayout, inspect_checkpoint
-from infra.errors import UserError
+from infra.errors import UserError, first_line
 from infra.sources import fetch
 from infra.specs import ModelSpec
 from infra.structure import is_structured
 from infra.weights import save_mapped
-from modalities.converted import WEIGHTS, convert_once, first_line, stated_licence
+from modalities.converted import WEIGHTS, convert_once, stated_licence
 from modalities.pretrained import copy_code, refuse_incomplete
 
 _FORMAT = 1  # of a converted checkpoint; a change makes all of them anew

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from infra.cache import cache_dir, remove_forgotten
+from infra.cache import cache_dir, remove_older
 from infra.errors import UserError
 from infra.records import RecoveryRecord, TrialSpec
 from infra.sources import sha256_of
@@ -49,7 +49,7 @@ def save_checkpoint(
     """
     folder = cache_dir() / "outbox" / uuid.uuid4().hex
     try:
-        remove_forgotten(folder.parent)  # checkpoints whose drivers were killed
+        remove_older(folder.parent, days=1)  # a driver that lives fetches it long before
         folder.mkdir(parents=True)
         modality.save(folder)
         _save_grids(modality, folder, outcome)

@@ -39,6 +39,7 @@ timm cannot say. `structure.json` does, and a checkout of Sparseramp loads it.""
 _LOADING_SMALLER = """from modalities.smaller import load_smaller
 
 model = load_smaller("path/to/this/folder")"""
+_SECTION = r".*?(?=^## )"  # to its end
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(@[\w./-]+)?(:[^:]+)?")
 
 
@@ -89,11 +90,7 @@ of {_public(texts["report"])}, calibrated
 - **Rates**: {_rates(best, prune)}
   `sparsity.json` lists every matrix.
 
-{_how_stored(structured, smaller)}
-
-```python
-{_LOADING_SMALLER if smaller else _LOADING[spec["model"]["modality"]]}
-```
+{_how_stored(spec["model"]["modality"], structured, smaller)}
 
 ## How to make it again
 
@@ -105,12 +102,17 @@ With Sparseramp {report["version"]}, `sparseramp {report["command"]} spec.toml`,
 """
 
 
-def recovered_card(card: str, spec: Mapping[str, Any], answer: Mapping[str, Any]) -> str:
+def recovered_card(
+    card: str, spec: Mapping[str, Any], answer: Mapping[str, Any], *, smaller: bool = False
+) -> str:
     """The card of a checkpoint, changed to that of what a fine-tune made of it.
 
     `card` is empty where the checkpoint has none, `spec` is that of the fine-tune, and `answer`
-    what recovery.json holds; read are `before`, `after`, `sparsity`, `of`, `conclusion`.
+    what recovery.json holds; read are `before`, `after`, `sparsity`, `of`, `conclusion`. Where the
+    weights were packed, they are not any more; `smaller` is as for `model_card`.
     """
+    stored = f"{_how_stored(spec['model']['modality'], smaller, smaller)}\n\n"
+    card = re.sub(r"\*\*The weights are packed\*\*" + _SECTION, stored, card, flags=re.S | re.M)
     name, recovery, windows = short(spec["model"]["source"]), spec["recovery"], answer["of"]
     card = card or f"# {name}\n\nThe checkpoint came without a card of ours.\n"
     parsed = ModelCard(card) if card.startswith("---\n") else None
@@ -151,7 +153,7 @@ def packed_card(card: str) -> str:
         "```python\nfrom tasks.packed import load_packed  # in a checkout of Sparseramp\n\n"
         'model = load_packed("path/to/this/folder")\n```\n\n'
     )
-    masked = r"\*\*The (?:weights are masked|model is smaller)\*\*.*?(?=^## )"
+    masked = r"\*\*The (?:weights are masked|model is smaller)\*\*" + _SECTION
     return re.sub(masked, told, card, flags=re.S | re.M)
 
 
@@ -189,10 +191,10 @@ def settings(spec: Mapping[str, Any]) -> str:
     )
 
 
-def _how_stored(structured: bool, smaller: bool) -> str:
-    if not smaller:
-        return _MASKED
-    return _SMALLER if structured else f"{_SMALLER}\n\n{_MASKED}"
+def _how_stored(modality: str, structured: bool, smaller: bool) -> str:
+    parts = [*([_SMALLER] if smaller else []), *([] if structured and smaller else [_MASKED])]
+    loading = _LOADING_SMALLER if smaller else _LOADING[modality]
+    return "\n\n".join([*parts, f"```python\n{loading}\n```"])
 
 
 def _front_matter(

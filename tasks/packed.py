@@ -39,7 +39,7 @@ from infra.packed import (
 from infra.packed_codes import Array, PackedCodes, codes_of, items_of, packed_codes
 from infra.sources import sha256_of
 from infra.structure import is_structured
-from modalities.smaller import load_smaller
+from modalities.smaller import UNLOADABLE, load_smaller
 from tasks.checkpoint import GRIDS_FILE
 from tasks.model_card import packed_card
 
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 _AGAIN = "fetch it again"
 _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
 _TORCH |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-_UNLOADABLE = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +181,7 @@ def load_packed(folder: Path | str) -> Any:
     try:
         state = {name: _tensor(tensor, data) for name, tensor, data in packed.tensors()}
         return opened(folder, state)
-    except _UNLOADABLE as error:
+    except UNLOADABLE as error:
         raise UserError(f"cannot load {folder}: {_line(error)}") from error
 
 

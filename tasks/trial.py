@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from infra.cache import let_go
 from infra.documents import Split, data_sha256
 from infra.errors import UserError
 from infra.records import (
@@ -239,6 +240,7 @@ def loaded(spec: ModelSpec) -> LoadedModality:
     key = (spec.model_copy(update={"dtype": dtype}).model_dump_json(), str(device))
     if key not in _loaded:
         _loaded.clear()
+        let_go()
         _loaded[key] = load(spec, device)
     return _loaded[key]
 

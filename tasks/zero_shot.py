@@ -23,7 +23,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.errors import UserError
+from infra.errors import UserError, first_line
 from infra.sources import fetch
 from tasks.zero_shot_data import local_data
 
@@ -76,7 +76,7 @@ def zero_shot(
                 )
         except ValueError as error:  # code that would be run, images for a text model
             if str(error).startswith("Attempted to run task"):
-                raise UserError(f"lm-eval refuses: {_first_line(error)}") from error
+                raise UserError(f"lm-eval refuses: {first_line(error)}") from error
             raise
     scores = dict[str, list[float]]()
     for name, leaves in chosen.items():
@@ -169,7 +169,7 @@ def _load(name: str, shots: int | None, folder: Path | None, data: str) -> list[
             if isinstance(error, ValueError) and "find cache" not in str(error):
                 raise
             raise UserError(
-                f"{name}: lm-eval cannot download what it needs ({_first_line(error)})"
+                f"{name}: lm-eval cannot download what it needs ({first_line(error)})"
                 + ("" if folder else f": set evaluation.task_data to a folder, say {_EXAMPLE}")
             ) from error
     for leaf in leaves:
@@ -271,7 +271,3 @@ def _quiet() -> Iterator[None]:
         warnings.catch_warnings(action="ignore"),
     ):
         yield
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

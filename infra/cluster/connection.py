@@ -30,9 +30,9 @@ from infra.cluster.ray_machines import RayMachines
 from infra.cluster.resources import Share, capacity, check_address
 from infra.cluster.told import forget, told
 from infra.cluster.transfer import fetch
-from infra.cluster.worker import Kind, TrialFunction, describe_error, first_line
+from infra.cluster.worker import Kind, TrialFunction, describe_error
 from infra.devices import num_cores
-from infra.errors import UserError
+from infra.errors import UserError, first_line
 from infra.progress import Facts
 from infra.records import TrialResult, TrialSpec
 from infra.specs import ClusterSpec

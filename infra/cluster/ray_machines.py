@@ -19,7 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from infra.cluster.machines import Outcome
 from infra.cluster.resources import Node, Share
 from infra.cluster.told import keep
-from infra.cluster.worker import TrialFunction, Worker, describe_error, first_line
+from infra.cluster.worker import TrialFunction, Worker, describe_error
+from infra.errors import first_line
 from infra.progress import listen
 from infra.provenance import compared_versions
 from infra.records import TrialSpec

@@ -4,19 +4,19 @@
 
 Every worker runs the trial; the first saves the checkpoint and gives the result. gloo carries
 gradients between CPUs, NCCL between GPUs. A worker that is lost begins all of them again, from the
-last state, at most twice.
+last state, at most twice; one whose trial fails ends all of them.
 """
 
 import tempfile
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train import RunConfig, ScalingConfig, WorkerGroupError, get_context
 
 from infra.cluster.dispatch import MAX_LOST
 from infra.cluster.told import keep
-from infra.cluster.worker import TrialFunction, Worker, first_line
-from infra.errors import UserError
+from infra.cluster.worker import TrialFunction, Worker, failed
+from infra.errors import UserError, first_line
 from infra.progress import listen
 from infra.records import TrialResult, TrialSpec
 
@@ -26,28 +26,47 @@ def train_together(
 ) -> TrialResult:
     """Run a trial in `workers` processes of so many CPUs and GPUs each.
 
-    Raises UserError where they cannot be started or one is lost too often.
+    The result is a failed one where it fails in one of them. Raises UserError where they cannot be
+    started or one is lost too often.
     """
     from ray.train.torch import TorchTrainer  # with torch, which takes seconds
 
     resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
-    with tempfile.TemporaryDirectory() as folder:
-        trainer: Any = TorchTrainer(
-            _work,  # type: ignore[arg-type]  # what it returns is in the result
-            train_loop_config={"function": function, "spec": spec, "threads": max(1, int(cpus))},
-            scaling_config=ScalingConfig(
-                num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources
-            ),
-            run_config=RunConfig(
-                storage_path=folder, failure_config=FailureConfig(max_failures=MAX_LOST - 1)
-            ),
-        )
-        try:
-            given = trainer.fit().return_value
-        except ray.train.TrainingFailedError as error:
-            raise UserError(f"recovery on {workers} workers failed: {first_line(error)}") from error
-    assert isinstance(given, TrialResult)
-    return given
+    reason = ""
+    for _ in range(MAX_LOST):
+        with tempfile.TemporaryDirectory() as folder:
+            trainer: Any = TorchTrainer(
+                _work,  # type: ignore[arg-type]  # what it returns is in the result
+                train_loop_config={
+                    "function": function,
+                    "spec": spec,
+                    "threads": max(1, int(cpus)),
+                },
+                scaling_config=ScalingConfig(
+                    num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources
+                ),
+                run_config=RunConfig(storage_path=folder),
+            )
+            try:
+                given: TrialResult = trainer.fit().return_value
+                return given
+            except WorkerGroupError as error:
+                reason = _reason(error)
+            except ray.train.TrainingFailedError as error:
+                reason = first_line(error.__cause__ or error)
+        if reason.startswith(TrialFailedError.__name__):
+            return failed(spec, reason.partition(": ")[2])
+    raise UserError(f"recovery on {workers} workers failed {MAX_LOST} times: {reason}")
+
+
+class TrialFailedError(Exception):
+    """What a trial came to in one worker: raised, since the others wait for it in a collective."""
+
+
+def _reason(error: WorkerGroupError) -> str:
+    """The last line of what the first worker that failed raised."""
+    raised = error.worker_failures[min(error.worker_failures)]
+    return str(raised).strip().splitlines()[-1].removeprefix(f"{__name__}.")
 
 
 def _work(config: dict[str, Any]) -> TrialResult:
@@ -65,4 +84,6 @@ def _work(config: dict[str, Any]) -> TrialResult:
         spec = spec.model_copy(update={"checkpoint": False})
     node = ray.get_runtime_context().get_node_id()
     _, result = worker.trial(config["function"], spec, 1, node)
+    if result.state == "failed":
+        raise TrialFailedError(result.cause)
     return result

@@ -18,7 +18,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.cluster.ray_machines import RayMachines
-from infra.cluster.worker import first_line, read_chunk, remove_folder
+from infra.cluster.worker import read_chunk, remove_folder
+from infra.errors import first_line
 from infra.records import TrialResult
 from infra.sources import sha256_of
 

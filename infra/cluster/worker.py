@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from infra import environment
-from infra.errors import UserError
+from infra.errors import UserError, first_line
 from infra.records import TrialResult, TrialSpec
 
 CHUNK_BYTES = 8 * 2**20
@@ -79,7 +79,8 @@ def failed(spec: TrialSpec, cause: str) -> TrialResult:
 
 def describe_error(error: BaseException) -> str:
     """`TypeName: first line (file:line)`, the place being where it was raised."""
-    text = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+    name, said = type(error).__name__, first_line(error)
+    text = name if said == name else f"{name}: {said}"
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return text
@@ -87,11 +88,6 @@ def describe_error(error: BaseException) -> str:
     if file.is_relative_to(environment.CHECKOUT):
         file = file.relative_to(environment.CHECKOUT)
     return f"{text} ({'/'.join(file.parts[-3:])}:{frames[-1].lineno})"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; empty where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 def read_chunk(path: str, offset: int) -> bytes:

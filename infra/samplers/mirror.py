@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
-from infra.errors import UserError
+from infra.errors import UserError, first_line
 from infra.records import TrialResult
 from infra.samplers.proposals import Bounds, frozen
 
@@ -108,7 +108,7 @@ class StudyMirror:
                 self._waiting.popleft()
             self.problem = ""
         except tuple(expected) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
+            reason = first_line(error.__cause__ or error)
             self.problem = f"Optuna storage {where} cannot be written: {reason}"
             self._retry_at = time.monotonic() + RETRY_S
             self._storage = None  # what is known there is read anew

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from infra.cache import cache_dir, remove_forgotten
+from infra.cache import cache_dir, remove_older
 from infra.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -67,7 +67,7 @@ class State:
         temporary = self.path.with_name(f".{uuid.uuid4().hex}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            remove_forgotten(self.path.parent)
+            remove_older(self.path.parent, days=30)  # of runs that nobody took up again
             save_file(found, temporary, metadata={"facts": facts})
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())

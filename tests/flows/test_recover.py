@@ -150,10 +150,14 @@ def test_a_checkpoint_is_recovered_and_the_command_repeats_nothing(
     facts = [json.loads((f / "sparsity.json").read_text()) for f in (best, recovered / "best")]
     assert facts[0]["beta"] == facts[1]["beta"] and facts[1]["recovery"]["method"] == "full"
     assert facts[0]["model"] == facts[1]["model"]
-    written = (recovered / "trials" / "00000.json").stat().st_mtime_ns
+    trial = recovered / "trials" / "00000.json"
+    written = trial.stat().st_mtime_ns
+    # As if its driver had been killed before it fetched the checkpoint.
+    (recovered / "best").rename(json.loads(trial.read_text())["checkpoint"])
     again = run(*command, cache=folder / "cache")
     assert json.loads(again.stdout)["after"] == line["after"]
-    assert (recovered / "trials" / "00000.json").stat().st_mtime_ns == written
+    assert trial.stat().st_mtime_ns == written
+    assert (recovered / "best" / "README.md").read_text() == str(card)
     shown = run("report", recovered, cache=folder / "cache")
     assert "zeros stayed" in shown.stdout and "nats/token" in shown.stdout
     assert f"sparseramp report {recovered}" in shown.stdout
@@ -180,6 +184,22 @@ def test_refusals_are_one_line(
     done = run(command, what, "recovery.steps=5", override, other, cache=folder / "cache")
     assert done.returncode == 2 and said in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_one_worker_that_fails_ends_all(
+    searched: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """The first cannot read its state; the second would wait for half an hour."""
+    folder, _ = searched
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "recovery").touch()
+    where = (f"run.dir={tmp_path / 'run'}", "recovery.workers=2")
+    command = ("recover", folder / "run" / "best", *SHORT, *where)
+    done = run(*command, cache=tmp_path / "cache", timeout_s=200)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cannot be read: Not a directory" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

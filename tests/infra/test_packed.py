@@ -60,8 +60,6 @@ def test_what_is_unpacked_is_what_was_packed(packed_once: Path, tmp_path: Path) 
         same = tensor.view(torch.uint8), second[name].view(torch.uint8)
         assert torch.equal(*same), name
     assert {f.name for f in (tmp_path / "again").iterdir()} == {"config.json", "model.safetensors"}
-    with pytest.raises(UserError, match="again exists: remove it"):
-        unpack(packed_once, tmp_path / "again")
 
 
 def test_a_packed_checkpoint_is_unpacked_once(
@@ -72,12 +70,16 @@ def test_a_packed_checkpoint_is_unpacked_once(
     assert layout.folder.is_relative_to(tmp_path / "cache")
     assert (layout.folder / "model.safetensors").is_file()
     stamp = layout.stamp()
-    (packed / WEIGHTS).unlink()
+    weights = (packed / WEIGHTS).rename(tmp_path / "weights")
     assert inspect_checkpoint(packed).stamp() == stamp
     (tmp_path / "cache").rename(tmp_path / "gone")
+    weights.rename(packed / WEIGHTS)
+    assert inspect_checkpoint(packed).stamp() == stamp  # what was made from it is found again
+    (packed / WEIGHTS).unlink()
+    (tmp_path / "cache").rename(tmp_path / "gone too")
     with pytest.raises(UserError, match="is missing"):
         inspect_checkpoint(packed)
-    assert not any((tmp_path / "cache" / "unpacked").glob("*/"))
+    assert not any((tmp_path / "cache" / "copies").glob("*/"))
 
 
 def test_a_flipped_bit_anywhere(packed: Path) -> None:

@@ -136,6 +136,25 @@ def test_the_last_heads_of_a_block_stay_and_its_channels_may_go() -> None:
         find_units(blocks, forward)
 
 
+def test_a_product_between_two_others_is_refused() -> None:
+    """Its rows would be chosen by one and its columns by the other."""
+
+    class Chain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, (wide, high) in {"a": (8, 12), "b": (12, 16), "c": (16, 8)}.items():
+                self.add_module(name, torch.nn.Linear(wide, high))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+    torch.manual_seed(0)
+    model, inputs = torch.nn.Sequential(Chain(), Chain()).requires_grad_(False), torch.randn(9, 8)
+    blocks = find_blocks(model, lambda: model(inputs))
+    with pytest.raises(UserError, match=r"0\.b\.weight gives the units of one product and takes"):
+        find_units(blocks, lambda: model(inputs))
+
+
 def test_blocks_of_one_kind_are_tried_once() -> None:
     model = build("llama").eval().requires_grad_(False)
     ids = torch.arange(12)[None]

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from infra.recovery_spec import RecoverySpec
 from infra.spec_files import parse_spec
-from tasks.model_card import model_card, packed_card
+from tasks.model_card import model_card, packed_card, recovered_card
 
 
 def make_report(source: str = "org/base@main", licence: str = "Apache-2.0") -> dict[str, Any]:
@@ -128,3 +129,14 @@ def test_the_card_of_a_packed_copy_says_how_to_load_it() -> None:
     assert "before" not in packed
     assert 'load_packed("path/to/this/folder")' in packed
     assert packed.endswith("\n\n## How to make\n")
+
+
+def test_what_was_packed_is_not_any_more_after_a_fine_tune() -> None:
+    report = make_report()
+    card, metrics = model_card(report), report["best"]["metrics"]
+    answer = {"before": metrics, "after": metrics, "sparsity": 0.6, "of": "windows"}
+    answer["conclusion"] = "10 steps of LoRA take perplexity from 370 to 95."
+    spec = report["spec"] | {"recovery": RecoverySpec(steps=10).model_dump()}
+    told = recovered_card(packed_card(card), spec, answer)
+    assert "packed" not in told and answer["conclusion"] in told
+    assert told == recovered_card(card, spec, answer)
