@@ -11,7 +11,7 @@ import tempfile
 from typing import Any
 
 import ray
-from ray.train import RunConfig, ScalingConfig, WorkerGroupError, get_context
+from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError, get_context
 
 from infra.cluster.dispatch import MAX_LOST
 from infra.cluster.told import keep
@@ -51,22 +51,17 @@ def train_together(
                 given: TrialResult = trainer.fit().return_value
                 return given
             except WorkerGroupError as error:
-                reason = _reason(error)
-            except ray.train.TrainingFailedError as error:
-                reason = first_line(error.__cause__ or error)
-        if reason.startswith(TrialFailedError.__name__):
-            return failed(spec, reason.partition(": ")[2])
+                first = error.worker_failures[min(error.worker_failures)]
+                if isinstance(first, TrialFailedError):
+                    return failed(spec, str(first))
+                reason = first_line(first)
+            except ControllerError as error:
+                reason = first_line(error.controller_failure)
     raise UserError(f"recovery on {workers} workers failed {MAX_LOST} times: {reason}")
 
 
 class TrialFailedError(Exception):
     """What a trial came to in one worker: raised, since the others wait for it in a collective."""
-
-
-def _reason(error: WorkerGroupError) -> str:
-    """The last line of what the first worker that failed raised."""
-    raised = error.worker_failures[min(error.worker_failures)]
-    return str(raised).strip().splitlines()[-1].removeprefix(f"{__name__}.")
 
 
 def _work(config: dict[str, Any]) -> TrialResult:

@@ -13,6 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -73,7 +74,8 @@ class State:
                 os.fsync(file.fileno())
             temporary.replace(self.path)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"cannot write {self.path}: {reason}") from error
 
