@@ -78,7 +78,9 @@ def failed(spec: TrialSpec, cause: str) -> TrialResult:
 
 
 def describe_error(error: BaseException) -> str:
-    """`TypeName: first line (file:line)`, the place being where it was raised."""
+    """What a UserError says; of others `TypeName: first line (file:line)`, where it was raised."""
+    if isinstance(error, UserError):
+        return str(error)
     name, said = type(error).__name__, first_line(error)
     text = name if said == name else f"{name}: {said}"
     frames = traceback.extract_tb(error.__traceback__)
