@@ -11,7 +11,13 @@ import tempfile
 from typing import Any
 
 import ray
-from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError, get_context
+from ray.train import (
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+    get_context,
+)
 
 from infra.cluster.dispatch import MAX_LOST
 from infra.cluster.told import keep
@@ -31,20 +37,16 @@ def train_together(
     """
     from ray.train.torch import TorchTrainer  # with torch, which takes seconds
 
+    config = {"function": function, "spec": spec, "threads": max(1, int(cpus))}
     resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+    scaling = ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources)
     reason = ""
     for _ in range(MAX_LOST):
         with tempfile.TemporaryDirectory() as folder:
             trainer: Any = TorchTrainer(
                 _work,  # type: ignore[arg-type]  # what it returns is in the result
-                train_loop_config={
-                    "function": function,
-                    "spec": spec,
-                    "threads": max(1, int(cpus)),
-                },
-                scaling_config=ScalingConfig(
-                    num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources
-                ),
+                train_loop_config=config,
+                scaling_config=scaling,
                 run_config=RunConfig(storage_path=folder),
             )
             try:
@@ -55,8 +57,8 @@ def train_together(
                 if isinstance(first, TrialFailedError):
                     return failed(spec, str(first))
                 reason = first_line(first)
-            except ControllerError as error:
-                reason = first_line(error.controller_failure)
+            except TrainingFailedError as error:
+                reason = first_line(getattr(error, "controller_failure", error))
     raise UserError(f"recovery on {workers} workers failed {MAX_LOST} times: {reason}")
 
 
