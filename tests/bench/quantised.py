@@ -45,7 +45,7 @@ def main() -> None:
         seeds=options.seeds,
     )
     rows, dense = [], None
-    print("method  bits  side      beta      perplexity  loss    bits realised   gain, nats/token")
+    print("method  bits  side      beta      perplexity  loss    bits realised   gain, nats (95 %)")
     for bits in options.bits:
         for method in options.methods:
             uniform = PruneSpec(method=method, bits=bits)
@@ -55,10 +55,12 @@ def main() -> None:
                 row = {
                     **facts(results),
                     "scouts": [[r.beta, r.loss] for r in pair.scouts],
-                    "gain": [gain.mean, gain.stderr] if side == "best" else None,
+                    "gain": [gain.mean, gain.low, gain.high] if side == "best" else None,
                 }
                 rows.append({"method": method, "asked": bits, "side": side, **row})
-                words = f"{gain.mean:.4f} +- {gain.stderr:.4f}" if row["gain"] else ""
+                words = (
+                    f"{gain.mean:.3f} ({gain.low:.3f} to {gain.high:.3f})" if row["gain"] else ""
+                )
                 print(
                     f"{method:<7} {bits:<5g} {side:<8} {row['beta']:>8.5f} "
                     f"{row['perplexity']:>13.2f}  {row['loss']:.4f}  {row['bits']:.4f}  {words}",

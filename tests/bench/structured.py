@@ -20,7 +20,6 @@ from flows.speed import timings, title
 from infra.environment import reuse_freed_memory
 from infra.specs import ModelSpec, PruneSpec, SpeedSpec
 from tasks.speed import SMALLER, WITH_ZEROS, measure_speed
-from tasks.statistics import plus_minus
 from tasks.trial import run_trial
 from tests.bench.kept import Kept
 from tests.bench.lines import Lines, facts
@@ -68,9 +67,10 @@ def main() -> None:
                 f"{row['zeros']:.3%} removed  {speed['bytes']:.3f} of the bytes"
             )
             print("  ", "  ".join(f"{name} {x[1]:.2f}x" for name, x in speed["times"].items()))
-        rows[-1]["gain"] = [pair.gain.mean, pair.gain.stderr]
+        gain = pair.gain
+        rows[-1]["gain"] = [gain.mean, gain.low, gain.high]
         rows[-1]["scouts"] = [[result.tilt, result.loss] for result in pair.scouts]
-        print(f"gain {plus_minus(pair.gain.mean, pair.gain.stderr)} nats/token", flush=True)
+        print(f"gain {gain.mean:.3f} nats/token ({gain.low:.3f} to {gain.high:.3f})", flush=True)
     if options.json:
         sizes = {"samples": options.samples, "windows": options.windows}
         sizes |= {"seeds": options.seeds, "runs": options.runs}
