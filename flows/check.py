@@ -24,6 +24,7 @@ from flows.live import duration
 from flows.measures import WINDOWS
 from flows.pins import pin, refuse
 from flows.plan import (
+    final_wave,
     kinds_of_trial,
     ladder,
     measuring_passes,
@@ -33,6 +34,7 @@ from flows.plan import (
     token_passes,
     waves_left,
 )
+from flows.recovered import NAMES
 from infra.cluster import Cluster, Share, connect
 from infra.errors import UserError
 from infra.records import ModelRecord, TrialSpec
@@ -221,6 +223,7 @@ def _facts(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> dict[str, 
         "rungs": f"{rungs} (calibration + selection {WINDOWS[model.unit]})",
         "time": f"about {duration(answer['seconds'])} for {answer['token_passes']:,} {passes}",
         **({"lm-eval": f"{tasks}: not in this time"} if tasks else {}),
+        **({"recovery": _recovery(spec, answer)} if spec.recovery.steps else {}),
         "memory": f"about {answer['memory_bytes'] / 2**20:,.0f} MiB per trial beside the mapped "
         "weights",
         "runs on": f"{hosts}: {cluster['parallel']} at once, each trial with "
@@ -228,6 +231,19 @@ def _facts(spec: Spec, model: ModelRecord, answer: dict[str, Any]) -> dict[str, 
         "run directory": answer["run"]
         + ("" if answer["prune_run"] == answer["run"] else f"; of prune: {answer['prune_run']}"),
     }
+
+
+def _recovery(spec: Spec, answer: dict[str, Any]) -> str:
+    """What is fine-tuned for how long, and its share of all that is planned."""
+    tuned = final_wave(spec, spec.prune, {})[0]
+    plain = tuned.model_copy(update={"recovery": None})
+    passes = 2 * answer["cells"] * (token_passes(tuned) - token_passes(plain))
+    how = spec.recovery
+    what = f" of {how.batch} x {how.length} tokens" if spec.model.modality == "language" else ""
+    return (
+        f"{how.steps} steps{what} by {NAMES[how.method]}, of uniform and of best: "
+        f"{passes / answer['token_passes']:.0%} of this time"
+    )
 
 
 def _what(spec: Spec, answer: dict[str, Any]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ from infra import environment
 from infra.errors import UserError, one_line
 
 OVERRIDES = "section.key=value, say prune.sparsity=0.7 run.dir=runs/seventy"
+OF_A_CHECKPOINT = "section.key=value, say data.report=other.txt"
 SOME_UNFIT = 3  # 1 is what an uncaught error ends with
 
 
@@ -42,10 +44,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         print(f"sparseramp: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        runs = options.name in ("search", "prune", "compare", "study", "recover")
-        promise = "; the same command goes on where it left off" if runs else ""
+        where = {"recover": "from the last state that was saved"}
+        where |= dict.fromkeys(("search", "prune", "compare", "study"), "where it left off")
+        found = where.get(options.name)
+        promise = f"; the same command goes on {found}" if found else ""
         print(f"sparseramp: stopped{promise}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # its reader has enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     sys.exit(code or 0)
 
 
@@ -68,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         if what:
             command.add_argument(what, metavar=what.upper())
         if overrides:
-            command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+            example = OF_A_CHECKPOINT if what == "checkpoint" else OVERRIDES
+            command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=example)
         command.add_argument("--json", action="store_true", help="output for programs")
         return command
 

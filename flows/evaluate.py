@@ -126,12 +126,18 @@ def checkpoint_folder(checkpoint: Path) -> None:
         raise UserError(f"{checkpoint} is a run that has no best/ yet: let it end first")
 
 
-def spec_of(checkpoint: Path, overrides: list[str], *, needs_data: bool = True) -> Spec:
+def spec_of(
+    checkpoint: Path, overrides: list[str], *, needs_data: bool = True, recovers: bool = False
+) -> Spec:
     """A spec whose model is a checkpoint, with what that remembers of the run that saved it.
 
-    Raises UserError for what is no checkpoint, and where data is needed and none is known.
+    Raises UserError for what is no checkpoint, for overrides of how one is made, and where data is
+    needed and none is known.
     """
     checkpoint_folder(checkpoint)
+    made_by = {"prune", "search", "compare"} | (set() if recovers else {"recovery"})
+    if wrong := [o for o in overrides if o.partition("=")[0].partition(".")[0].strip() in made_by]:
+        raise UserError(f"{wrong[0]}: {checkpoint} is taken as it is; leave this out")
     raw: dict[str, Any] = {"calibration": NOTHING_PRUNED}
     if _is_timm(checkpoint / "config.json"):
         raw["model"] = {"modality": "vision"}

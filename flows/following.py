@@ -81,6 +81,8 @@ def shown(store: RunStore, ask: Callable[[], list[Facts]]) -> Iterator[None]:
         board = Live(
             console=console, get_renderable=line, refresh_per_second=2, redirect_stdout=False
         )
+    else:
+        console.print(line())
     with board, following(ask, show):
         yield
     store.path(FILE).unlink(missing_ok=True)

@@ -86,7 +86,7 @@ def recover(checkpoint: Path, overrides: list[str], *, as_json: bool = False) ->
 def _spec(checkpoint: Path, overrides: list[str]) -> Spec:
     """The spec of the run, its sources pinned; by default the run lies beside that of the
     checkpoint."""
-    spec = spec_of(checkpoint, overrides)
+    spec = spec_of(checkpoint, overrides, recovers=True)
     if saved_facts(checkpoint).get("bits"):
         raise UserError(f"{checkpoint} is rounded: training takes its weights off their grid")
     recovery = spec.recovery

@@ -90,6 +90,11 @@ def conclusion(side: dict[str, Any]) -> str:
 
 def kept_recovery(run: Path) -> dict[str, Any]:
     """What recovery.json of a run holds; raises UserError where there is none yet."""
+    if not (run / FILE).exists():
+        raise UserError(
+            f"{run} has not ended: `sparseramp status {run}` says how far it is; the command that "
+            "started it goes on"
+        )
     try:
         found: dict[str, Any] = json.loads((run / FILE).read_text(encoding="utf-8"))
         return found

@@ -27,19 +27,21 @@ def with_rate(prune: Any) -> Any:
     """
     if not isinstance(prune, dict):
         return prune
-    if prune.get("pattern") == "structured" and prune.get("bits"):
-        raise ValueError("prune.bits does not go with prune.pattern='structured': leave one out")
     method, bits, sparsity = (prune.get(key) for key in ("method", "bits", "sparsity"))
     if method not in ROUNDING:
+        if prune.get("pattern") == "structured" and bits:
+            raise ValueError(
+                "prune.bits does not go with prune.pattern='structured': leave one out"
+            )
         if isinstance(bits, int | float) and 0 < bits < LEAST:
             raise ValueError(f"prune.bits={bits:g}: codes and their scales take {LEAST:g} or more")
         return prune
+    if prune.get("pattern", "unstructured") != "unstructured":
+        raise ValueError(f"prune.method={method!r} removes nothing: leave prune.pattern out")
     if not isinstance(bits, int | float) or not LEAST <= bits <= MOST:
         raise ValueError(
             f"prune.method={method!r} needs prune.bits from {LEAST:g} to {MOST:g}, not {bits or 0}"
         )
-    if prune.get("pattern", "unstructured") != "unstructured":
-        raise ValueError(f"prune.method={method!r} removes nothing: leave prune.pattern out")
     rate = (MOST - bits) / (MOST - LEAST)
     if isinstance(sparsity, int | float) and sparsity and abs(sparsity - rate) > 1e-9:
         raise ValueError(

@@ -51,7 +51,10 @@ def made_once(source: str | Path, key: str, make: Callable[[Path], None]) -> Pat
             _make_room(copies, bound)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot keep {source} in {cache_dir()}: {reason}") from error
+        raise UserError(
+            f"cannot keep {source} in {cache_dir()}: {reason}: make room, or set SPARSERAMP_CACHE "
+            "to another folder"
+        ) from error
     return copy
 
 
@@ -154,4 +157,4 @@ def _bound(copies: Path) -> float:
         bound = float(stated) * 1e9 if stated else shutil.disk_usage(copies).total / 10
         if bound >= 0:
             return bound
-    raise UserError(f"SPARSERAMP_CACHE_GB={stated}: give a number of gigabytes")
+    raise UserError(f"SPARSERAMP_CACHE_GB={stated}: give a number of gigabytes, 0 or more")

@@ -94,6 +94,8 @@ class RunStore:
                 begun = any((directory / "waves").glob("*.json"))
                 if not begun:  # nothing was tried yet, so the spec may still change
                     (directory / "model.json").unlink(missing_ok=True)
+                elif (other := header["identity"].get("command", command)) != command:
+                    raise UserError(f"{directory} is a run of `{other}`: choose another run.dir")
                 elif changes := changed_keys(with_defaults(header["identity"]), identity):
                     raise UserError(
                         f"{directory} belongs to another spec, {', '.join(changes)}: undo the "

@@ -12,8 +12,8 @@ from flows.cli import _parser
 from tests.flows.test_plan import make_model, make_spec
 
 
-def facts(tasks: list[str], prune_run: str = "runs/tiny") -> dict[str, str]:
-    spec = make_spec(run={"dir": "runs/tiny"}, evaluation={"tasks": tasks})
+def facts(tasks: list[str], prune_run: str = "runs/tiny", **sections: Any) -> dict[str, str]:
+    spec = make_spec(run={"dir": "runs/tiny"}, evaluation={"tasks": tasks}, **sections)
     answer: dict[str, Any] = {
         "sources": {"model": "m"},
         "numbers": {},
@@ -37,6 +37,13 @@ def test_the_time_says_what_it_leaves_out_and_results_have_a_place(tasks: list[s
     assert lines["time"] == "about 1 min 00 s for 1,000 token passes"
     assert lines.get("lm-eval") == ("boolq, piqa: not in this time" if tasks else None)
     assert lines["run directory"] == "runs/tiny"
+
+
+def test_a_fine_tune_and_its_share_are_named() -> None:
+    lines = facts([], recovery={"steps": 2, "batch": 3, "length": 8, "method": "full"})
+    # Forward, recomputation and backward are four passes; uniform and best; 40 that measure each.
+    assert lines["recovery"].startswith("2 steps of 3 x 8 tokens by full fine-tuning, of uniform")
+    assert "recovery" not in facts([])
 
 
 def test_a_directory_of_its_own_for_prune_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

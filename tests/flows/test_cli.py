@@ -175,11 +175,27 @@ def test_a_damaged_sparsity_file(tmp_path: Path, facts: str, message: str) -> No
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("override", ["model=y", "prune=0.5"])
-def test_a_value_for_a_section_of_evaluate(tmp_path: Path, override: str) -> None:
+def test_a_value_for_a_section_of_evaluate(tmp_path: Path) -> None:
     (tmp_path / "sparsity.json").write_text(json.dumps(FACTS))
-    with pytest.raises(UserError, match=r"is no section: write (model|prune)\.key=value"):
+    with pytest.raises(UserError, match=r"is no section: write model\.key=value"):
+        evaluate(tmp_path, ["model=y"])
+
+
+@pytest.mark.parametrize("override", ["prune.bits=4", "prune=0.5", "recovery.steps=3"])
+def test_a_checkpoint_is_measured_as_it_is(tmp_path: Path, override: str) -> None:
+    """Otherwise it would be rounded or fine-tuned in passing, and reported as the checkpoint."""
+    (tmp_path / "sparsity.json").write_text(json.dumps(FACTS))
+    with pytest.raises(UserError, match=f"^{override}: .* is taken as it is; leave this out$"):
         evaluate(tmp_path, [override])
+
+
+def test_a_reader_that_has_enough(spec: Path, cache: Path) -> None:
+    command = [sys.executable, "-m", "flows.cli", "doctor"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_checkpoint_that_overflows(spec: Path, cache: Path, tmp_path: Path) -> None:

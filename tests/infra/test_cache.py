@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Barrier, Thread
+from typing import ClassVar
 
 import pytest
 
@@ -49,16 +50,21 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SPARSERAMP_CACHE_GB", "0.001")  # two copies
     yield tmp_path / "copies"
     let_go()
+    for process in Holder.processes:  # of a test that failed
+        process.kill()
+    Holder.processes.clear()
 
 
 class Holder:
     """Another process."""
 
+    processes: ClassVar[list[subprocess.Popen[str]]] = []
+
     def __init__(self, *keys: str) -> None:
         command = [sys.executable, "-c", HOLDER, os.environ["SPARSERAMP_CACHE"], *keys]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        self.keys = keys
+        self.processes.append(self.process)
 
     def line(self) -> str:
         assert self.process.stdout is not None
@@ -183,7 +189,7 @@ def test_who_waits_makes_it_where_another_failed(copies: Path, tmp_path: Path) -
     assert first.line() == "makes a"
     second = Holder("a")
     first.go_on()
-    assert first.line() == f"cannot keep a model in {tmp_path}: it fails"
+    assert first.line().startswith(f"cannot keep a model in {tmp_path}: it fails: make room")
     (tmp_path / "fails").unlink()
     assert second.made() == ["a"]  # while the first lives
     assert kept(copies) == {"a"}

@@ -265,6 +265,7 @@ def test_rows_that_are_no_whole_groups_are_not_exported(tmp_path: Path, data: Da
         ({"method": "rtn", "bits": 9}, "needs prune.bits from 2.25 to 8, not 9"),
         ({"method": "gptq", "bits": 4, "sparsity": 0.5}, "leave prune.sparsity out or set it to 0"),
         ({"method": "gptq", "bits": 4, "pattern": "2:4"}, "removes nothing: leave prune.pattern"),
+        ({"method": "rtn", "pattern": "structured"}, "removes nothing: leave prune.pattern"),
     ],
 )
 def test_sections_that_contradict_themselves(prune: dict[str, Any], message: str) -> None:
