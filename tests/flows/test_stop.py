@@ -47,6 +47,7 @@ def ask_by_file(folder: Path) -> None:
 )
 def test_who_has_stopped_a_run(tmp_path: Path, end: Callable[[Path], None], cause: str) -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     try:
         with pytest.raises(KeyboardInterrupt) as caught, stoppable(tmp_path):
             end(tmp_path)
@@ -57,6 +58,7 @@ def test_who_has_stopped_a_run(tmp_path: Path, end: Callable[[Path], None], caus
         assert signal.getsignal(signal.SIGTERM) == kept
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, own)
     assert cause_of(UserError("no room")) == {"cause": "UserError", "reason": "no room"}
 
 
