@@ -44,10 +44,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         print(f"sparseramp: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        where = {"recover": "from the last state that was saved"}
-        where |= dict.fromkeys(("search", "prune", "compare", "study"), "where it left off")
-        found = where.get(options.name)
-        promise = f"; the same command goes on {found}" if found else ""
+        runs = options.name in ("search", "prune", "compare", "study", "recover")
+        tunes = options.name == "recover"
+        where = "from the last state that was saved" if tunes else "where it left off"
+        promise = f"; the same command goes on {where}" if runs else ""
         print(f"sparseramp: stopped{promise}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # its reader has enough, such as `head`

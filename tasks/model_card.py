@@ -111,7 +111,7 @@ def recovered_card(
     what recovery.json holds; read are `before`, `after`, `sparsity`, `of`, `conclusion`. Where the
     weights were packed, they are not any more; `smaller` is as for `model_card`.
     """
-    stored = f"{_how_stored(spec['model']['modality'], smaller, smaller)}\n\n"
+    stored = f"{_how_stored(spec['model']['modality'], False, smaller)}\n\n"  # zeros were packed
     card = re.sub(r"\*\*The weights are packed\*\*" + _SECTION, stored, card, flags=re.S | re.M)
     name, recovery, windows = short(spec["model"]["source"]), spec["recovery"], answer["of"]
     card = card or f"# {name}\n\nThe checkpoint came without a card of ours.\n"

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from infra.cache import cache_dir
+
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
 _AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
@@ -40,7 +42,7 @@ def native_library() -> ctypes.CDLL:
     digest = hashlib.sha256(repr([version, FLAGS, FLAGS_OF, platform.machine()]).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    folder = Path(os.environ.get("SPARSERAMP_CACHE") or Path.home() / ".cache" / "sparseramp")
+    folder = cache_dir()
     library = folder / f"kernels-{digest.hexdigest()[:16]}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True)
